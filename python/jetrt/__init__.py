@@ -1,0 +1,115 @@
+"""jetrt runs NVIDIA TensorRT engines: never silently wrong, never silently copied, never silently slow.
+
+    import jetrt
+
+    engine = jetrt.Engine("model.engine")
+    outputs = engine(x=array)  # torch in, torch out; numpy in, numpy out
+
+Importing needs numpy alone. `libnvinfer` and `libcuda` are opened when the first engine is loaded.
+"""
+
+# There is no NullHandler on the `jetrt` logger: it would swallow TensorRT's warnings in programs without logging set up.
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from . import errors
+from .errors import JetrtError
+
+try:
+    from . import _core
+except ImportError as error:
+    raise ImportError(
+        f"jetrt's extension module jetrt._core could not be imported ({error}). "
+        "Install a wheel of jetrt for this platform, or build it in a checkout with `make .venv` or `maturin develop`."
+    ) from error
+
+from ._core import (
+    DeviceMemory,
+    Engine,
+    Tensor,
+    TensorInfo,
+    build_info,
+    library_info,
+    pinned_empty,
+    read_plan,
+    record_stream,
+)
+
+if TYPE_CHECKING:
+    from .runtime import (
+        BuildConfig,
+        EngineCacheEntry,
+        EngineHandle,
+        InferenceRuntime,
+        ThermalState,
+        available_runtimes,
+        get_runtime,
+        load,
+    )
+
+__all__ = [
+    "BuildConfig",
+    "DeviceMemory",
+    "Engine",
+    "EngineCacheEntry",
+    "EngineHandle",
+    "InferenceRuntime",
+    "JetrtError",
+    "Tensor",
+    "TensorInfo",
+    "ThermalState",
+    "__version__",
+    "available_runtimes",
+    "build_info",
+    "errors",
+    "get_runtime",
+    "library_info",
+    "load",
+    "pinned_empty",
+    "read_plan",
+    "record_stream",
+]
+
+_BUILD = build_info()
+
+__version__: str = _BUILD["version"]
+
+_LAZY = frozenset(
+    {
+        "BuildConfig",
+        "EngineCacheEntry",
+        "EngineHandle",
+        "InferenceRuntime",
+        "ThermalState",
+        "available_runtimes",
+        "get_runtime",
+        "load",
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from . import runtime
+
+        value = getattr(runtime, name)
+        globals()[name] = value  # asked once
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | _LAZY)
+
+
+if _BUILD["profile"] != "release" and not os.environ.get("JETRT_ALLOW_DEBUG"):
+    warnings.warn(
+        "jetrt._core is a debug build and several times slower per call; build with `maturin develop --release`, "
+        "or set JETRT_ALLOW_DEBUG=1 if that is intended.",
+        RuntimeWarning,
+        stacklevel=2,
+    )

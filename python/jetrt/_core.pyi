@@ -1,0 +1,169 @@
+"""The Rust extension. Written by hand; `make check` compares it with the built module (mypy.stubtest)."""
+
+import os
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, final
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Self
+
+_Shape = tuple[int, ...]
+
+@final
+class TensorInfo:
+    """One input or output of an engine."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str:
+        """Such as "float32", "bfloat16", "int64", "bool"."""
+    @property
+    def shape(self) -> _Shape:
+        """-1 where the dimension is dynamic."""
+    @property
+    def mode(self) -> Literal["input", "output"]: ...
+    @property
+    def location(self) -> Literal["device", "host"]: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def profiles(self) -> list[tuple[_Shape, _Shape, _Shape]]:
+        """(min, opt, max) of each optimisation profile; empty for an output."""
+    @property
+    def profile(self) -> list[tuple[_Shape, _Shape, _Shape]]:
+        """The same as `profiles`."""
+
+@final
+class Tensor:
+    """A result that owns its memory, for callers whose inputs named no array library."""
+
+    @property
+    def shape(self) -> _Shape: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def data_ptr(self) -> int: ...
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: Any = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]: ...
+    def numpy(self) -> npt.NDArray[Any]: ...
+
+@final
+class DeviceMemory:
+    """Device memory of the caller, for the contexts of engines that never run at the same time."""
+
+    def __new__(cls, nbytes: int, device: int = 0) -> Self: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def device(self) -> int: ...
+
+@final
+class Engine:
+    """A TensorRT engine, loaded and ready to be called."""
+
+    def __new__(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: int = 0,
+        graphs: Literal["auto", "off", "require"] = "auto",
+        outputs: Literal["pooled", "fresh"] = "pooled",
+        on_strided: Literal["error", "copy"] = "error",
+        on_dtype: Literal["error", "cast"] = "error",
+        host: Literal["auto", "mapped", "staged"] = "auto",
+        profile: Literal["auto"] | int = "auto",
+        max_contexts: int = 1,
+        timeout: float | None = None,
+        plugins: Sequence[str | os.PathLike[str]] = (),
+        allow_host_code: bool = False,
+        verify: Literal["auto", "off"] = "auto",
+        warmup: int = 2,
+        graph_bytes: int = 268435456,
+        device_memory: DeviceMemory | None = None,
+    ) -> Self: ...
+    def __call__(
+        self,
+        *args: Any,
+        stream: Any = None,
+        out: Mapping[str, Any] | None = None,
+        synchronize: bool = False,
+        timeout: float | None = None,
+        **inputs: Any,
+    ) -> dict[str, Any]: ...
+    def run(
+        self,
+        inputs: Mapping[str, Any] | Sequence[Any],
+        *,
+        stream: Any = None,
+        out: Mapping[str, Any] | None = None,
+        synchronize: bool = False,
+        timeout: float | None = None,
+    ) -> dict[str, Any]: ...
+    def prepare(
+        self, shapes: Sequence[Mapping[str, Sequence[int]]], *, dtypes: Mapping[str, str] | None = None
+    ) -> None:
+        """Warms up, captures and checks these shapes, so that no live call has to."""
+    @property
+    def inputs(self) -> dict[str, TensorInfo]: ...
+    @property
+    def outputs(self) -> dict[str, TensorInfo]: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def device(self) -> int: ...
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def num_profiles(self) -> int: ...
+    @property
+    def tensorrt_version(self) -> str: ...
+    @property
+    def load_report(self) -> dict[str, Any]: ...
+    @property
+    def stats(self) -> dict[str, Any]: ...
+    @property
+    def metadata(self) -> dict[str, Any] | None: ...
+    @property
+    def device_memory_size(self) -> int: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+def pinned_empty(shape: int | Sequence[int], dtype: npt.DTypeLike = "float32") -> np.ndarray[Any, Any]:
+    """A numpy array in page-locked memory that the GPU can reach."""
+
+def record_stream(tensor: Any, stream: Any) -> None:
+    """Says that `stream` uses `tensor`, so that its buffer is not reused before that stream has passed this point."""
+
+def read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a plan's header says, without TensorRT; raises `jetrt.errors.PlanError`."""
+
+def build_info() -> dict[str, Any]:
+    """How this extension was built: version, profile, target, features, rustc."""
+
+def library_info() -> dict[str, Any]:
+    """Which libnvinfer and libcuda are in use, and which step of the search found them."""
