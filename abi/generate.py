@@ -77,6 +77,8 @@ def rows(name: str) -> list[dict[str, str]]:
 
 
 def snake(name: str) -> str:
+    if name.isupper():  # E8M0, not E8_M0
+        return name.lower()
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 

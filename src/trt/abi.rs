@@ -1802,7 +1802,7 @@ pub mod data_type {
     /// Since 10.8.
     pub const FP4: i32 = 10;
     /// Since 10.12.
-    pub const E8_M0: i32 = 11;
+    pub const E8M0: i32 = 11;
 }
 
 pub mod engine_capability {
