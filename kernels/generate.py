@@ -5,7 +5,7 @@
     python kernels/generate.py --check    # exit 1 when it differs, 2 when NVRTC is absent
 
 No GPU is needed. The NVRTC version is pinned: 12.2 emits PTX 8.2, which the drivers of JetPack 6 accept;
-a newer one emits newer PTX, which they refuse. compute_70 is the oldest architecture of interest, and the driver
+a newer one emits newer PTX, which they refuse. compute_70 is the oldest architecture of interest; the driver
 compiles from there for whatever GPU it finds.
 """
 
@@ -25,7 +25,7 @@ PACKAGE = "nvidia-cuda-nvrtc-cu12==12.2.140"
 OPTIONS = ["--gpu-architecture=compute_70", "--std=c++17", "--fmad=false"]
 
 
-class NvrtcMissing(Exception):
+class NvrtcMissingError(Exception):
     """NVRTC of the pinned version cannot be had."""
 
 
@@ -35,15 +35,15 @@ def find_nvrtc() -> ctypes.CDLL:
     except ModuleNotFoundError:
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise NvrtcMissing(f"NVRTC is not installed here; `pip install {PACKAGE}` and run this again")
+        raise NvrtcMissingError(f"NVRTC is not installed here; `pip install {PACKAGE}` and run this again")
     folder = Path(next(iter(spec.submodule_search_locations))) / "lib"
     library = ctypes.CDLL(str(folder / "libnvrtc.so.12"))
     major, minor = ctypes.c_int(), ctypes.c_int()
     if library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)) != 0:
-        raise NvrtcMissing("nvrtcVersion failed")
+        raise NvrtcMissingError("nvrtcVersion failed")
     if (major.value, minor.value) != NVRTC:
-        raise NvrtcMissing(
-            f"NVRTC {major.value}.{minor.value} is installed, {NVRTC[0]}.{NVRTC[1]} is wanted; `pip install {PACKAGE}`"
+        raise NvrtcMissingError(
+            f"NVRTC {major.value}.{minor.value} is installed, not {NVRTC[0]}.{NVRTC[1]}; `pip install {PACKAGE}`"
         )
     library.nvrtcGetErrorString.restype = ctypes.c_char_p
     return library
@@ -85,7 +85,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         ptx = compile_ptx(find_nvrtc(), SOURCE.read_text())
-    except NvrtcMissing as error:
+    except NvrtcMissingError as error:
         print(f"{PTX.name}: not checked: {error}" if args.check else str(error), file=sys.stderr)
         return 2
     if not args.check:
