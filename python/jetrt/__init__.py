@@ -8,7 +8,7 @@
 Importing needs numpy alone. `libnvinfer` and `libcuda` are opened when the first engine is loaded.
 """
 
-# There is no NullHandler on the `jetrt` logger: it would swallow TensorRT's warnings in programs without logging set up.
+# No NullHandler on the `jetrt` logger: it would swallow TensorRT's warnings in programs that set up no logging.
 
 from __future__ import annotations
 
@@ -20,24 +20,22 @@ from . import errors
 from .errors import JetrtError
 
 try:
-    from . import _core
+    from ._core import (
+        DeviceMemory,
+        Engine,
+        Tensor,
+        TensorInfo,
+        build_info,
+        library_info,
+        pinned_empty,
+        read_plan,
+        record_stream,
+    )
 except ImportError as error:
     raise ImportError(
-        f"jetrt's extension module jetrt._core could not be imported ({error}). "
-        "Install a wheel of jetrt for this platform, or build it in a checkout with `make .venv` or `maturin develop`."
+        f"jetrt's extension module jetrt._core could not be imported ({error}). Install a wheel of jetrt for this "
+        "platform; in a checkout, build one with `pip install .` (it needs cargo)."
     ) from error
-
-from ._core import (
-    DeviceMemory,
-    Engine,
-    Tensor,
-    TensorInfo,
-    build_info,
-    library_info,
-    pinned_empty,
-    read_plan,
-    record_stream,
-)
 
 if TYPE_CHECKING:
     from .runtime import (

@@ -1,0 +1,1 @@
+"""Implementations of `jetrt.InferenceRuntime`; each is imported when it is asked for by name."""
