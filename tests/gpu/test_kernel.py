@@ -40,7 +40,7 @@ class Kernel:
         shape = tuple(source.shape) if shape is None else shape
         strides = source.stride() if strides is None else strides
         out = torch.empty(shape, dtype=torch.uint8 if dtype == torch.bool else dtype, device="cuda")
-        out.view(torch.uint8).fill_(0xAB)  # an element that is not written shows
+        out.view(-1).view(torch.uint8).fill_(0xAB)  # an element that is not written shows
         pad = (0,) * (8 - len(shape))
         address = source.data_ptr() + offset * source.element_size()
         packed = struct.pack(
@@ -106,7 +106,7 @@ LAYOUTS = {
     "contiguous": lambda x: x.view(50, 40, 30),
     "transposed": lambda x: x.view(200, 300).t(),
     "permuted 4-d": lambda x: x.view(10, 20, 30, 10).permute(3, 1, 0, 2),
-    "permuted 8-d": lambda x: x[: 2 * 3 * 2 * 5 * 2 * 3 * 2 * 2].view(2, 3, 2, 5, 2, 3, 2, 2).permute(7, 0, 5, 2, 3, 6, 1, 4),
+    "permuted 8-d": lambda x: x[:1440].view(2, 3, 2, 5, 2, 3, 2, 2).permute(7, 0, 5, 2, 3, 6, 1, 4),
     "every third": lambda x: x[::3],
     "pitched": lambda x: x.view(200, 300)[:, :256],
     "pitched, odd": lambda x: x.view(200, 300)[:, 1:256],
