@@ -23,7 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jetrt
 import numpy as np
 import torch
 from common import (
@@ -43,6 +42,8 @@ from common import (
     target,
     write,
 )
+
+import jetrt
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 SHAPES = (122, 64)  # S of dit5: the profile's optimum, and one more

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-import pickle
+import subprocess
+import sys
 
 import pytest
 
@@ -34,20 +35,27 @@ def test_load_report(load, engines) -> None:
     assert report["seconds"] > 0
 
 
+DAMAGED = """
+import pickle, sys
+import jetrt
+try:
+    jetrt.Engine(sys.argv[1]).close()
+except jetrt.errors.EngineDeserializeError as error:
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    print(error)
+"""
+
+
 @pytest.mark.parametrize("at", [100, 2000, 20_000])
-def test_damaged_plan_is_refused(engines, tmp_path, at) -> None:
-    """The header is right, so TensorRT sees it; its own words travel in the error."""
+def test_damaged_plan_is_refused_or_loads(engines, tmp_path, at) -> None:
+    """The header is right, so TensorRT sees it: it may refuse (its words travel in the error), never crash."""
     plan = bytearray((engines / "mlp.engine").read_bytes())
     plan[at : at + 64] = b"\xff" * 64
     path = tmp_path / "damaged.engine"
     path.write_bytes(plan)
-    try:
-        engine = jetrt.Engine(path)
-    except errors.EngineDeserializeError as error:
-        assert "damaged.engine" in str(error)
-        assert str(pickle.loads(pickle.dumps(error))) == str(error)
-    else:  # TensorRT checks no sum over its weights; a plan that loads must still run or fail cleanly
-        engine.close()
+    done = subprocess.run([sys.executable, "-c", DAMAGED, str(path)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout or "damaged.engine" in done.stdout
 
 
 def test_plan_with_a_sha256_beside_it(engines, tmp_path) -> None:
