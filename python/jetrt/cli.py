@@ -183,9 +183,7 @@ def _inputs(arguments: argparse.Namespace, model: Model) -> Arrays:
     for name in missing:
         inputs[name] = _random(generator, model.inputs[name], shapes.pop(name, None))
     if shapes:
-        raise _UsageError(
-            f"--shape {next(iter(shapes))}: not one of the random inputs ({', '.join(missing) or 'none'})"
-        )
+        raise _UsageError(f"--shape {next(iter(shapes))}: the random inputs are {', '.join(missing) or 'none'}")
     return inputs
 
 

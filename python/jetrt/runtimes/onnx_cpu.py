@@ -326,7 +326,7 @@ class OnnxModel:
         except JetrtError:
             raise
         except Exception as error:  # onnxruntime's classes have no common base
-            text = str(error)
+            text = str(error).strip().rstrip(".")
             if isinstance(error, MemoryError) or "bad_alloc" in text or "Failed to allocate memory" in text:
                 raise OutOfMemoryError(f"{self.name}: {text}. Bound: {', '.join(bound)}.") from error
             raise InferenceError(

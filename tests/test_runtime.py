@@ -1,0 +1,526 @@
+"""`InferenceRuntime`, its records, `load`, and the runtime "onnx_cpu"."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnx_models
+import pytest
+
+import jetrt
+from jetrt import errors
+from jetrt.runtimes import onnx_cpu as onnx_cpu_module
+from jetrt.runtimes import tensorrt as tensorrt_module
+from jetrt.runtimes.onnx_cpu import OnnxModel
+
+A = np.arange(6, dtype=np.float32).reshape(2, 3)
+B = np.full((2, 3), 10, dtype=np.float32)
+
+
+@pytest.fixture
+def add(tmp_path):
+    return onnx_models.add(tmp_path / "add.onnx")
+
+
+@pytest.fixture
+def model(add):
+    with OnnxModel(add) as model:
+        yield model
+
+
+# ----------------------------------------------------------------------------------------------------- interface
+
+
+def test_six_methods(add):
+    runtime = jetrt.get_runtime("onnx_cpu")
+    assert isinstance(runtime, jetrt.InferenceRuntime)
+    assert runtime.current_runtime_label() == "onnx_cpu"
+
+    entry = runtime.compile_engine(add, jetrt.BuildConfig(optimization_profiles=[("a", [1, 3], [2, 3], [8, 3])]))
+    assert entry.path == add
+    assert entry.sha256 == hashlib.sha256(add.read_bytes()).hexdigest()
+    assert entry.size_bytes == add.stat().st_size
+    assert entry.runtime == "onnx_cpu"
+    assert entry.versions["jetrt"] == jetrt.__version__
+    assert set(entry.versions) == {"onnxruntime", "jetrt"}
+
+    handle = runtime.deserialize_engine(entry)
+    assert handle.entry is entry
+    np.testing.assert_array_equal(runtime.infer(handle, {"a": A, "b": B})["sum"], A + B)
+
+    with pytest.raises(errors.TelemetryUnavailableError, match="no source of clocks") as caught:
+        runtime.thermal_state()
+    assert caught.value.reason
+
+    runtime.release_engine(handle)
+    runtime.release_engine(handle)  # a second time does nothing
+    with pytest.raises(errors.ClosedEngineError):
+        runtime.infer(handle, {"a": A, "b": B})
+
+
+def test_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        jetrt.InferenceRuntime()
+    assert jetrt.InferenceRuntime.__abstractmethods__ == {
+        "compile_engine",
+        "deserialize_engine",
+        "infer",
+        "release_engine",
+        "thermal_state",
+        "current_runtime_label",
+    }
+
+
+def test_records_are_frozen_and_have_the_fields():
+    def fields(cls):
+        return [field.name for field in dataclasses.fields(cls)]
+
+    assert fields(jetrt.BuildConfig) == ["precision", "workspace_mb", "calibration_dataset", "optimization_profiles"]
+    assert fields(jetrt.ThermalState) == [
+        "cpu_temp_c",
+        "gpu_temp_c",
+        "thermal_throttle_active",
+        "measured_clock_mhz",
+        "measured_at",
+    ]
+    state = jetrt.ThermalState(51.5, None, False, 1300, 12345)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        state.gpu_temp_c = 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"precision": "fp12"}, "precision is 'fp12'; allowed: fp32, fp16, bf16, int8, fp8, mixed"),
+        ({"workspace_mb": 0}, "workspace_mb is 0"),
+        ({"optimization_profiles": [("x", (1, 3), (2, 3), (4,))]}, "profile of 'x': .* differ in rank"),
+        ({"optimization_profiles": [("x", (4,), (2,), (8,))]}, r"profile of 'x': min \(4,\) <= opt \(2,\)"),
+    ],
+)
+def test_build_config_is_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        jetrt.BuildConfig(**arguments)
+
+
+def test_entry_of_a_file_that_changed(add, tmp_path):
+    runtime = jetrt.get_runtime("onnx_cpu")
+    entry = runtime.compile_engine(add)
+    onnx_models.identity(add)
+    with pytest.raises(errors.EngineDeserializeError, match=r"add\.onnx changed since its entry was made") as caught:
+        runtime.deserialize_engine(entry)
+    assert caught.value.path == str(add)
+    add.unlink()
+    with pytest.raises(errors.EngineDeserializeError, match="cannot be read: No such file"):
+        runtime.deserialize_engine(entry)
+
+
+def test_entry_and_handle_of_another_runtime(add):
+    runtime = jetrt.get_runtime("onnx_cpu")
+    entry = dataclasses.replace(runtime.compile_engine(add), runtime="tensorrt")
+    with pytest.raises(errors.EngineDeserializeError, match="made by the runtime 'tensorrt' and this is 'onnx_cpu'"):
+        runtime.deserialize_engine(entry)
+    handle = jetrt.EngineHandle(entry, OnnxModel(add))
+    with pytest.raises(errors.InferenceError, match="belongs to the runtime 'tensorrt'"):
+        runtime.infer(handle, {"a": A, "b": B})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (jetrt.BuildConfig(precision="fp16"), "precision 'fp16' was asked for, and onnx_cpu runs a model in the types"),
+        (jetrt.BuildConfig(calibration_dataset="data.npz"), "calibration was asked for"),
+        (
+            jetrt.BuildConfig(optimization_profiles=[("c", (1,), (1,), (1,))]),
+            "names input 'c' of rank 1; the model has",
+        ),
+        (
+            jetrt.BuildConfig(optimization_profiles=[("a", (1,), (1,), (1,))]),
+            "names input 'a' of rank 1; the model has",
+        ),
+    ],
+)
+def test_onnx_cpu_refuses_what_it_cannot_build(add, config, message):
+    with pytest.raises(errors.EngineBuildError, match=message) as caught:
+        jetrt.get_runtime("onnx_cpu").compile_engine(add, config)
+    assert caught.value.path == str(add)
+
+
+def test_compile_of_a_broken_file(tmp_path):
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"\x08\x07 not a model")
+    with pytest.raises(errors.EngineBuildError, match=r"broken\.onnx was refused by onnxruntime"):
+        jetrt.get_runtime("onnx_cpu").compile_engine(broken)
+
+
+# ------------------------------------------------------------------------------------------------ chosen by name
+
+
+def test_unknown_runtime_names_what_there_is():
+    with pytest.raises(
+        errors.RuntimeNotAvailableError, match="no runtime 'cuda'; jetrt knows 'tensorrt', 'onnx_cpu'"
+    ) as caught:
+        jetrt.get_runtime("cuda")
+    assert caught.value.runtime == "cuda"
+    assert "onnx_cpu" in caught.value.available
+
+
+@pytest.fixture
+def no_tensorrt(monkeypatch):
+    def library_info():
+        raise errors.LibraryNotFoundError("libnvinfer.so was not found in 5 places", library="libnvinfer.so")
+
+    monkeypatch.setattr(tensorrt_module._core, "library_info", library_info)
+
+
+def test_a_missing_library_is_named_and_nothing_falls_back(no_tensorrt, tmp_path):
+    plan = tmp_path / "a.engine"
+    plan.write_bytes(b"ftrt")
+    for attempt in (lambda: jetrt.get_runtime("tensorrt"), lambda: jetrt.load(plan)):
+        with pytest.raises(errors.RuntimeNotAvailableError) as caught:
+            attempt()
+        assert "'tensorrt' cannot be had here. Missing: libnvinfer.so was not found in 5 places" in str(caught.value)
+        assert "Available: 'onnx_cpu'" in str(caught.value)
+        assert caught.value.missing == ["libnvinfer.so was not found in 5 places"]
+        assert caught.value.available == ["onnx_cpu"]
+    assert jetrt.available_runtimes() == ["onnx_cpu"]
+
+
+def test_a_missing_package_is_named(no_tensorrt, monkeypatch, add):
+    monkeypatch.setattr(onnx_cpu_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(errors.RuntimeNotAvailableError, match=r"pip install 'jetrt\[cpu\]'") as caught:
+        jetrt.load(add, runtime="onnx_cpu")
+    assert caught.value.runtime == "onnx_cpu"
+    assert caught.value.available == []
+    assert "Available: none" in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- load
+
+
+def test_load_an_onnx_file(add):
+    with jetrt.load(add, runtime="onnx_cpu", threads=1) as model:
+        np.testing.assert_array_equal(model(a=A, b=B)["sum"], A + B)
+
+
+def test_load_an_onnx_file_needs_the_runtime_named(add):
+    with pytest.raises(errors.PlanError, match=r"is an ONNX file and no runtime was named\. .*runtime=\"onnx_cpu\""):
+        jetrt.load(add)
+
+
+def test_load_an_onnx_file_on_tensorrt_gives_the_command_that_builds(add, monkeypatch):
+    monkeypatch.setattr(tensorrt_module.TensorrtRuntime, "missing", classmethod(lambda cls: []))
+    with pytest.raises(errors.EngineBuildError, match="does not build plans") as caught:
+        jetrt.load(add, runtime="tensorrt")
+    assert f"trtexec --onnx={add} --saveEngine={add.with_suffix('.engine')}" in str(caught.value)
+
+    config = jetrt.BuildConfig(
+        precision="fp16",
+        optimization_profiles=[("a", (1, 3), (2, 3), (8, 3)), ("b", (1, 3), (2, 3), (8, 3))],
+    )
+    with pytest.raises(errors.EngineBuildError) as caught:
+        jetrt.get_runtime("tensorrt").compile_engine(add, config)
+    assert "--fp16 --minShapes=a:1x3,b:1x3 --optShapes=a:2x3,b:2x3 --maxShapes=a:8x3,b:8x3" in str(caught.value)
+
+
+def test_load_a_plan_on_the_cpu(tmp_path):
+    plan = tmp_path / "a.engine"
+    plan.write_bytes(b"ftrt" + bytes(60))
+    with pytest.raises(errors.EngineDeserializeError, match=r"is a TensorRT plan; onnx_cpu runs ONNX files"):
+        jetrt.load(plan, runtime="onnx_cpu")
+
+
+def test_unknown_option(add):
+    with pytest.raises(TypeError, match="graphs"):
+        jetrt.load(add, runtime="onnx_cpu", graphs="auto")
+    with pytest.raises(ValueError, match="on_strided is 'maybe'; allowed: 'error' or 'copy'"):
+        jetrt.load(add, runtime="onnx_cpu", on_strided="maybe")
+
+
+@pytest.mark.parametrize("name", ["absent.onnx", "."])
+def test_load_what_is_not_a_file(tmp_path, name):
+    with pytest.raises(errors.EngineDeserializeError, match="cannot be read"):
+        jetrt.load(tmp_path / name, runtime="onnx_cpu")
+
+
+# ----------------------------------------------------------------------------------------------- onnx_cpu: calls
+
+
+def test_description(model, add):
+    assert list(model.inputs) == ["a", "b"]
+    info = model.inputs["a"]
+    assert (info.name, info.dtype, info.shape, info.mode, info.location) == ("a", "float32", (-1, 3), "input", "host")
+    assert info.profiles == info.profile == []
+    assert model.outputs["twice"].mode == "output"
+    assert (model.name, model.path, model.closed) == ("add", str(add), False)
+    assert model.load_report["bytes"] == add.stat().st_size
+    assert repr(model) == (
+        "<OnnxModel add: a float32[-1,3], b float32[-1,3] -> sum float32[-1,3], twice float32[-1,3]>"
+    )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: m(A, B),
+        lambda m: m(A, b=B),
+        lambda m: m(a=A, b=B),
+        lambda m: m.run({"b": B, "a": A}),
+        lambda m: m.run([A, B]),
+        lambda m: m(A, B, synchronize=True, timeout=1.0),
+    ],
+)
+def test_call_shapes(model, call):
+    outputs = call(model)
+    assert list(outputs) == ["sum", "twice"]
+    np.testing.assert_array_equal(outputs["sum"], A + B)
+    np.testing.assert_array_equal(outputs["twice"], A + A)
+    assert type(outputs["sum"]) is np.ndarray
+
+
+def test_data_dependent_shape(tmp_path):
+    model = OnnxModel(onnx_models.nonzero(tmp_path / "nonzero.onnx"))
+    assert model.outputs["y"].shape == (1, -1)
+    np.testing.assert_array_equal(model(np.array([0, 3, 0, 7], np.float32))["y"], [[1, 3]])
+    assert model(np.zeros(4, np.float32))["y"].shape == (1, 0)
+    assert model(np.zeros(0, np.float32))["y"].shape == (1, 0)
+
+
+def test_results_are_the_callers_own(tmp_path):
+    model = OnnxModel(onnx_models.identity(tmp_path / "identity.onnx"))
+    x = np.array([1, 2, 3], np.float32)
+    first = model(x)["y"]
+    second = model(x * 2)["y"]
+    assert not np.shares_memory(first, x)
+    np.testing.assert_array_equal(first, [1, 2, 3])
+    model.close()
+    gc.collect()
+    np.testing.assert_array_equal(second, [2, 4, 6])
+
+
+def test_out(model):
+    target = np.empty((2, 3), np.float32)
+    outputs = model(A, B, out={"sum": target})
+    assert outputs["sum"] is target
+    np.testing.assert_array_equal(target, A + B)
+    np.testing.assert_array_equal(outputs["twice"], A + A)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (np.empty((2, 4), np.float32), errors.ShapeError, r"out='sum' has shape \[2,4\], wrong in dimension 1"),
+        (np.empty((2, 3), np.float64), errors.DTypeError, "out='sum' is float64, the model writes float32"),
+        (np.empty((3, 2), np.float32).T, errors.LayoutError, "out='sum' has strides"),
+        (np.broadcast_to(np.float32(0), (2, 3)), errors.LayoutError, "out='sum' has strides"),
+        (np.frombuffer(bytes(24), np.float32).reshape(2, 3), errors.LayoutError, "out='sum' has read-only memory"),
+    ],
+)
+def test_out_that_does_not_fit(model, target, error, message):
+    with pytest.raises(error, match=message) as caught:
+        model(A, B, out={"sum": target})
+    assert caught.value.tensor == "sum"
+
+
+def test_out_of_the_wrong_size_is_never_written(model):
+    target = np.zeros((5, 3), np.float32)  # fits the description [-1,3], not this call
+    with pytest.raises(errors.InferenceError, match="add: onnxruntime failed") as caught:
+        model(A, B, out={"sum": target})
+    assert caught.value.bound == ["a float32[2,3]", "b float32[2,3]"]
+    assert not target.any()
+
+
+def test_out_of_an_unknown_name(model):
+    with pytest.raises(errors.InputNameError, match="out= names 'product'; the outputs are sum float32"):
+        model(A, B, out={"product": A})
+
+
+def test_policies_are_counted(add):
+    model = OnnxModel(add, on_strided="copy", on_dtype="cast")
+    wide = np.asfortranarray(A)
+    np.testing.assert_array_equal(model(wide, B.astype(np.float64))["sum"], A + B)
+    np.testing.assert_array_equal(model(A, B)["sum"], A + B)
+    assert model.stats == {"calls": 2, "copies": 1, "casts": 1}
+
+
+def test_threads(model):
+    failures = []
+
+    def work(seed):
+        for i in range(50):
+            a = np.full((2, 3), seed * 1000 + i, np.float32)
+            if not np.array_equal(model(a, B)["sum"], a + B):
+                failures.append((seed, i))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_a_model_that_fails_while_running(model):
+    with pytest.raises(errors.InferenceError, match=r"(?s)add: onnxruntime failed: .*Bound: a float32") as caught:
+        model(A, np.zeros((5, 3), np.float32))
+    assert caught.value.bound == ["a float32[2,3]", "b float32[5,3]"]
+    assert caught.value.log
+    np.testing.assert_array_equal(model(A, B)["sum"], A + B)  # and the next call works
+
+
+# ------------------------------------------------------------------------------------------- onnx_cpu: bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m(a=A), errors.InputNameError, r"add: input 'b' is missing\. The inputs are a float32\[-1,3\], b"),
+        (lambda m: m(a=A, b=B, c=B), errors.InputNameError, r"add: there is no input 'c'\. The inputs are"),
+        (lambda m: m(A, B, B), errors.InputNameError, "add: 3 inputs are given, it has 2"),
+        (lambda m: m(A, B, a=A), errors.InputNameError, "add: input 'a' is given twice"),
+        (lambda m: m(A[0], B), errors.ShapeError, r"input 'a' has rank 1, shape \[3\]; allowed is \[-1,3\]"),
+        (
+            lambda m: m(A.T.copy(), B),
+            errors.ShapeError,
+            r"'a' has shape \[3,2\], wrong in dimension 1; allowed is \[-1",
+        ),
+        (lambda m: m(A.astype("f8"), B), errors.DTypeError, "'a' is float64, the model takes float32. .*on_dtype"),
+        (lambda m: m(A.astype(">f4"), B), errors.DTypeError, "'a' is >f4, in the other byte order"),
+        (lambda m: m(A, np.asfortranarray(B)), errors.LayoutError, "'b' is not contiguous: strides .*on_strided"),
+        (lambda m: m(A, [[1, 2, 3]]), errors.InputError, "'b' is a list. Give an array"),
+        (lambda m: m(A, None), errors.InputError, "'b' is a NoneType. Give an array"),
+        (lambda m: m(A, B, stream=7), errors.InferenceError, "onnx_cpu has no streams.*leave stream= out"),
+    ],
+)
+def test_bad_input(model, call, error, message):
+    with pytest.raises(error, match=message) as caught:
+        call(model)
+    assert caught.value.engine == "add"
+    assert model.stats["calls"] == 0
+    assert isinstance(caught.value, errors.InferenceError)
+
+
+def test_fields_of_an_input_error(model):
+    with pytest.raises(ValueError, match="wrong in dimension 1") as caught:
+        model(np.zeros((2, 4), np.float32), B)
+    assert (caught.value.tensor, caught.value.found, caught.value.allowed) == ("a", (2, 4), (-1, 3))
+    with pytest.raises(TypeError) as caught:
+        model(A, B.astype(np.int32))
+    assert (caught.value.tensor, caught.value.found, caught.value.allowed) == ("b", "int32", "float32")
+
+
+def test_a_stranger_with_dlpack_or_on_a_device(model):
+    class OnCpu:
+        def __dlpack__(self, **_):
+            return A.__dlpack__()
+
+        def __dlpack_device__(self):
+            return (1, 0)
+
+    class OnGpu(OnCpu):
+        def __dlpack_device__(self):
+            return (2, 1)
+
+    class Cai:
+        __cuda_array_interface__ = {"shape": (2, 3)}  # noqa: RUF012
+
+    np.testing.assert_array_equal(model(OnCpu(), B)["sum"], A + B)
+    with pytest.raises(errors.DeviceError, match="'a' lies on device 1 of DLPack type 2, onnx_cpu reads CPU memory"):
+        model(OnGpu(), B)
+    with pytest.raises(errors.DeviceError, match="'b' lies on a CUDA device"):
+        model(A, Cai())
+
+
+def test_closed(model):
+    model.close()
+    model.close()
+    assert model.closed
+    assert "closed" in repr(model)
+    with pytest.raises(errors.ClosedEngineError, match="add: the model is closed"):
+        model(A, B)
+
+
+def test_a_type_that_is_not_a_tensor(tmp_path):
+    string = onnx_models.onnx.TensorProto.STRING
+    path = onnx_models.save(
+        tmp_path / "text.onnx", [("Identity", ["x"], ["y"], {})], [("x", string, [1])], [("y", string, [1])]
+    )
+    with pytest.raises(errors.EngineDeserializeError, match=r"input 'x' is a tensor\(string\); onnx_cpu handles"):
+        OnnxModel(path)
+
+
+# ------------------------------------------------------------------------------------- onnx_cpu: other libraries
+
+
+def test_bfloat16_of_numpy(tmp_path):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    model = OnnxModel(onnx_models.bfloat16(tmp_path / "b.onnx"))
+    x = np.array([1, -2.5, 3.140625, 0], ml_dtypes.bfloat16)
+    outputs = model(x)
+    assert outputs["y"].dtype == np.float32
+    np.testing.assert_array_equal(outputs["y"], x.astype(np.float32))
+    assert outputs["z"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(outputs["z"].view(np.uint16), x.view(np.uint16))
+    assert model(x[:0])["z"].shape == (0,)
+    with pytest.raises(errors.DTypeError, match="'x' is float32, the model takes bfloat16"):
+        model(x.astype(np.float32))
+    target = np.zeros(4, ml_dtypes.bfloat16)
+    model(x, out={"z": target})
+    np.testing.assert_array_equal(target.view(np.uint16), x.view(np.uint16))
+
+
+def test_torch(model, tmp_path):
+    torch = pytest.importorskip("torch")
+    a, b = torch.from_numpy(A), torch.from_numpy(B)
+    outputs = model(a, b)
+    assert isinstance(outputs["sum"], torch.Tensor)
+    assert torch.equal(outputs["sum"], a + b)
+    assert isinstance(model(A, b)["sum"], np.ndarray)  # the first input decides
+
+    with pytest.raises(errors.GradError, match=r"'a' requires grad.*torch\.no_grad"):
+        model(a.clone().requires_grad_(), b)
+    with torch.no_grad():
+        assert torch.equal(model(a.clone().requires_grad_(), b)["sum"], a + b)
+
+    half = onnx_models.bfloat16(tmp_path / "b.onnx")
+    x = torch.tensor([1, -2.5, 3.140625], dtype=torch.bfloat16)
+    outputs = OnnxModel(half)(x)
+    assert outputs["z"].dtype == torch.bfloat16
+    assert torch.equal(outputs["z"], x)
+
+
+def test_torch_lazy_negation(add):
+    torch = pytest.importorskip("torch")
+    z = torch.complex(torch.from_numpy(A), torch.from_numpy(B))
+    lazy = z.conj().imag  # the memory holds +10, the tensor says −10
+    assert lazy.is_neg()
+    with pytest.raises(errors.LayoutError, match="lazily negated"):
+        OnnxModel(add)(lazy, torch.from_numpy(B))
+    model = OnnxModel(add, on_strided="copy")
+    assert torch.equal(model(lazy, torch.from_numpy(B))["sum"], torch.zeros(2, 3))
+    assert model.stats["copies"] >= 1
+
+
+def test_jax(model):
+    jax = pytest.importorskip("jax")
+    outputs = model(jax.numpy.asarray(A), jax.numpy.asarray(B))
+    assert isinstance(outputs["sum"], jax.Array)
+    np.testing.assert_array_equal(np.asarray(outputs["sum"]), A + B)
+
+
+def test_errors_cross_a_process_boundary(model):
+    import pickle
+
+    with pytest.raises(errors.ShapeError) as caught:
+        model(np.zeros((2, 4), np.float32), B)
+    twin = pickle.loads(pickle.dumps(caught.value))
+    assert (str(twin), twin.tensor, twin.found) == (str(caught.value), "a", (2, 4))
+
+
+def test_the_source_tree_is_not_what_is_tested():
+    # The tests are about the built wheel; a checkout on sys.path would hide a file that the wheel lacks.
+    assert Path(jetrt.__file__).parent != Path(__file__).parent.parent / "python" / "jetrt"
