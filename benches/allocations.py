@@ -22,10 +22,14 @@ import jetrt
 
 
 class Heap(ctypes.Structure):
-    _fields_ = [
+    """struct mallinfo2 of glibc."""
+
+    _fields_ = tuple(
         (name, ctypes.c_size_t)
-        for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
-    ]
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    )  # fmt: skip
 
 
 def heap_in_use() -> int:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -91,23 +91,27 @@ def measure(code: str, plan: Path, small: Path) -> dict[str, Any]:
     if not line:
         raise RuntimeError(f"the child failed with {child.wait()}")
     before = memory(child.pid)
-    os.set_blocking(child.stdout.fileno(), False)
+    answer: list[str] = []
+    reader = threading.Thread(target=lambda: answer.append(child.stdout.readline()))
+    reader.start()
     child.stdin.write("\n")
     child.stdin.flush()
-    peak, peak_file, samples, output = fixed(before), before["file"], 0, ""
-    while "\n" not in output:
+    peak, peak_file, samples = fixed(before), before["file"], 0
+    while reader.is_alive():
         now = memory(child.pid)
+        if not now:  # a zombie has no memory; its pipe is about to say so
+            break
         peak, peak_file, samples = max(peak, fixed(now)), max(peak_file, now["file"]), samples + 1
-        output += child.stdout.read() or ""
-        if child.poll() is not None:
-            raise RuntimeError(f"the child failed with {child.returncode}")
         time.sleep(0.001)
+    reader.join()
+    if not answer[0]:
+        raise RuntimeError(f"the child failed with {child.wait()}")
     after = memory(child.pid)
     child.stdin.write("\n")
     child.stdin.close()
     child.wait()
     return {
-        **json.loads(output),
+        **json.loads(answer[0]),
         "peak_above_start": peak - fixed(before),
         "peak_of_mapped_files_above_start": peak_file - before["file"],
         "kept": fixed(after) - fixed(before),

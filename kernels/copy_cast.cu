@@ -69,6 +69,7 @@ __device__ __forceinline__ i32 size_of(i32 type) {
 __device__ __forceinline__ float bits_to_float(u32 b) { return __int_as_float((i32)b); }
 __device__ __forceinline__ u32 float_to_bits(float f) { return (u32)__float_as_int(f); }
 
+#ifndef JETRT_ON_HOST  // tests/test_kernel_semantics.py compiles this file for the CPU, with these two of its own
 __device__ __forceinline__ float f16_to_float(u16 h) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
@@ -80,6 +81,7 @@ __device__ __forceinline__ u16 float_to_f16(float f) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
     return h;
 }
+#endif
 
 // The bf16 conversions of PTX need sm_80; the arithmetic is exact and runs everywhere.
 __device__ __forceinline__ u16 float_to_bf16(float f) {
