@@ -1,0 +1,111 @@
+"""The README tells the truth: its Python runs, and what needs a GPU at least names what exists."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import jetrt
+from jetrt.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+class Block(NamedTuple):
+    line: int
+    needs_gpu: bool
+    code: str
+
+
+BLOCKS = [
+    Block(README[: match.start(2)].count("\n") + 1, bool(match.group(1)), match.group(2))
+    for match in re.finditer(r"(<!-- needs a GPU -->\n)?```python\n(.*?)```", README, re.S)
+]
+
+
+def identified(block: Block) -> str:
+    return f"line{block.line}"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder holds the model that the README speaks of: y = x + x, float32 [N,64]."""
+    import onnx_models  # skips where there is no onnxruntime
+
+    f32 = onnx_models.F32
+    onnx_models.save(
+        tmp_path / "model.onnx",
+        [("Add", ["x", "x"], ["y"], {})],
+        [("x", f32, ["N", 64])],
+        [("y", f32, ["N", 64])],
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_both_kinds_are_there():
+    assert len([block for block in BLOCKS if block.needs_gpu]) >= 1
+    assert len([block for block in BLOCKS if not block.needs_gpu]) >= 3
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if not block.needs_gpu], ids=identified)
+def test_python_runs(block, folder, capsys):
+    exec(compile(block.code, f"README.md:{block.line}", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    # What a comment after print(…) shows is what is printed.
+    promised = re.findall(r"^ *print\(.*\)  # (.*)$", block.code, re.M)
+    for line in promised:
+        assert line in printed
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.needs_gpu], ids=identified)
+def test_python_names_what_exists(block):
+    options = set(inspect.signature(jetrt.Engine).parameters)
+    for node in ast.walk(ast.parse(block.code)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            owner = {"jetrt": jetrt, "engine": jetrt.Engine}.get(node.value.id)
+            assert owner is None or hasattr(owner, node.attr), f"{node.value.id}.{node.attr}"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "jetrt.Engine":
+            assert {keyword.arg for keyword in node.keywords} <= options
+
+
+def test_options_in_the_tables_exist():
+    options = set(inspect.signature(jetrt.Engine).parameters)
+    section = README[README.index("## What a call does") : README.index("## Installing")]
+    named = set(re.findall(r"`(\w+)=", section)) - {"out"}  # an argument of the call
+    assert named
+    assert named <= options
+
+
+def test_command_lines(folder, capsys):
+    shell = "".join(re.findall(r"```sh\n(.*?)```", README, re.S))
+    lines = re.findall(r"^(jetrt .*)$", shell, re.M)
+    assert len(lines) == 3
+    for line in lines:
+        arguments = shlex.split(line)[1:]
+        if "model.engine" not in arguments:
+            assert main(arguments) == 0
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"\bmake ([a-z0-9-]+)", README)) - {"and"}
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"demo", "test", "wheel", "wheel-aarch64"} <= targets
+    for target in targets:
+        assert re.search(rf"^([\w-]+ )*{re.escape(target)}( [\w-]+)*:", makefile, re.M), target
+
+
+def test_files_that_it_names_exist():
+    for path in ("abi", "benches", "examples/text_detection.py"):
+        assert (ROOT / path).exists()
+    for crate in re.findall(r"^\| ((?:`\w+`(?:, )?)+)", README[README.index("## Built on") :], re.M):
+        for name in re.findall(r"`(\w+)`", crate):
+            manifests = (ROOT / "Cargo.toml").read_text() + (ROOT / "pyproject.toml").read_text()
+            assert re.search(rf"\b{name}\b", manifests), name
