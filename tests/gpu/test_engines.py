@@ -60,6 +60,7 @@ def test_graph_replays_new_contents(load, engines, name, stream) -> None:
             new = reference.random_input(name, 4, seed=turn)
             x.copy_(torch.from_numpy(new))
             reference.check(name, engines, new, reference.to_numpy("torch", engine(x=x)["y"]))
+    assert engine.stats["replays"] >= 6, engine.stats
 
 
 def test_graph_equals_eager_bit_for_bit(load) -> None:
@@ -68,8 +69,9 @@ def test_graph_equals_eager_bit_for_bit(load) -> None:
     x = torch.randn(8, 64, device="cuda")
     eager = load("mlp", graphs="off")(x=x)["y"].clone()
     graphed = load("mlp", graphs="require")
-    for _ in range(6):
+    for _ in range(8):
         assert torch.equal(graphed(x=x)["y"], eager)
+    assert graphed.stats["replays"] > 0, graphed.stats
 
 
 def test_prepared_shapes_need_no_capture_later(load) -> None:
@@ -77,10 +79,13 @@ def test_prepared_shapes_need_no_capture_later(load) -> None:
 
     engine = load("mlp", graphs="require")
     engine.prepare([{"x": (8, 64)}, {"x": (1, 64)}])
+    captures = engine.stats["captures"]
+    assert captures >= 2
     eager = load("mlp", graphs="off")
     for n in (8, 1, 8):
         x = torch.randn(n, 64, device="cuda")
         assert torch.equal(engine(x=x)["y"], eager(x=x)["y"])
+    assert engine.stats["new_shapes"] <= 2
 
 
 @graphs

@@ -54,6 +54,7 @@ def test_strided_input_is_copied_when_asked_for(load, engines, layout, graphs) -
         assert not x.is_contiguous()
         y = engine(x=x)["y"]
         reference.check("mlp", engines, x.contiguous().cpu().numpy(), y.cpu().numpy())
+    assert (engine.stats["strided_copies"], engine.stats["casts"]) == (5, 0)
 
 
 @pytest.mark.parametrize("layout", STRIDED)
@@ -120,6 +121,7 @@ def test_cast_to_float32(load, engines, dtype, graphs) -> None:
         given = mlp_input(seed).to(dtype)
         y = engine(x=given)["y"]
         reference.check("mlp", engines, given.to(torch.float32).cpu().numpy(), y.cpu().numpy())
+    assert engine.stats["casts"] == 4
 
 
 @pytest.mark.parametrize("framework", ["torch", "numpy"])
@@ -241,6 +243,16 @@ def test_subclass_and_parameter(load, engines) -> None:
 def test_other_gpu(load) -> None:
     with pytest.raises(errors.DeviceError, match=r"cuda:1.*cuda:0"):
         load("mlp")(x=mlp_input().to("cuda:1"))
+
+
+@graphs
+def test_nothing_is_copied_that_was_not_asked_for(load, graphs) -> None:
+    engine = load("mlp", on_strided="copy", on_dtype="cast", graphs=graphs)
+    for seed in range(8):
+        engine(x=mlp_input(seed))
+    stats = engine.stats
+    for counter in ("strided_copies", "casts", "host_to_device_bytes", "device_to_host_bytes", "host_to_host_bytes"):
+        assert stats[counter] == 0, counter
 
 
 @graphs

@@ -50,9 +50,13 @@ def test_no_growth(load, case, graphs) -> None:
 
     calls(WARMUP)
     gc.collect()
-    host, device = resident(), torch.cuda.mem_get_info()[0]
+    host, device, before = resident(), torch.cuda.mem_get_info()[0], engine.stats
     calls(CALLS)
     gc.collect()
+    after = engine.stats
+    assert after["calls"] - before["calls"] == CALLS
+    for counter in ("output_allocations", "staging_allocations", "new_shapes"):
+        assert after[counter] == before[counter], (counter, before, after)
     assert resident() - host <= HOST_TOLERANCE
     assert device - torch.cuda.mem_get_info()[0] <= DEVICE_TOLERANCE
 

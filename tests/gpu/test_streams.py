@@ -80,6 +80,7 @@ def test_a_call_does_not_wait_for_its_own_work(load) -> None:
         done = torch.cuda.Event()
         done.record()
         assert not done.query()
+    assert engine.stats["waits"] == 0
     torch.cuda.synchronize()
 
 
@@ -114,6 +115,7 @@ def test_inside_the_callers_capture(load, engines, graphs) -> None:
             engine(x=torch.ones(8, 64, device="cuda"))
         graph.replay()
         reference.check("mlp", engines, 2 * new, y.cpu().numpy())
+    assert engine.stats["captured_by_caller"] == 1
 
 
 def test_two_calls_in_one_capture(load, engines) -> None:
