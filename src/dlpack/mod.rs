@@ -1,0 +1,19 @@
+//! DLPack: tensors of other libraries as [`TensorView`](crate::tensor::TensorView)s, and our tensors as theirs.
+//!
+//! `managed` knows the C structures and no Python; the other files move them through Python objects: `exchange` by
+//! the C table that torch ≥ 2.10 hangs on its tensor type, `capsule` by `__dlpack__`, `ndarray` by numpy's own C API.
+//! `vectorcall` makes the one callable type that needs CPython's C API by hand.
+
+mod managed;
+pub use managed::Managed;
+#[cfg(feature = "python")]
+pub(crate) use managed::{checked, DTYPES};
+
+#[cfg(feature = "python")]
+pub mod capsule;
+#[cfg(feature = "python")]
+pub mod exchange;
+#[cfg(feature = "python")]
+pub mod ndarray;
+#[cfg(feature = "python")]
+pub mod vectorcall;

@@ -1,0 +1,112 @@
+//! The boundary of errors: [`Error`] to the Python class that it names, and back.
+
+use crate::error::{Error, Field, Kind};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyDict, PyModule, PyType};
+
+impl From<Error> for PyErr {
+    fn from(e: Error) -> PyErr {
+        // An error that is turned while no interpreter runs any more has nobody to reach.
+        Python::try_attach(|py| raised(py, &e)).unwrap_or_else(|| PyRuntimeError::new_err(e.message().to_owned()))
+    }
+}
+
+fn raised(py: Python<'_>, e: &Error) -> PyErr {
+    let message = e.message().to_owned();
+    match e.kind() {
+        Kind::Argument => return PyValueError::new_err(message),
+        Kind::ArgumentType => return PyTypeError::new_err(message),
+        Kind::File => return file_error(e, message),
+        _ => {}
+    }
+    let made = || -> PyResult<PyErr> {
+        let fields = PyDict::new(py);
+        for (name, value) in e.fields() {
+            match value {
+                Field::Text(v) => fields.set_item(name, v)?,
+                Field::Int(v) => fields.set_item(name, v)?,
+                Field::Real(v) => fields.set_item(name, v)?,
+                Field::List(v) => fields.set_item(name, v)?,
+            }
+        }
+        let class = classes(py)?.getattr(e.kind().class())?;
+        Ok(PyErr::from_value(class.call((&message,), Some(&fields))?))
+    };
+    // Without the Python package there are no classes; the message must come through all the same.
+    made().unwrap_or_else(|_| PyRuntimeError::new_err(message.clone()))
+}
+
+/// Python picks FileNotFoundError, PermissionError and the like by the number.
+fn file_error(e: &Error, message: String) -> PyErr {
+    let path = match e.field("path") {
+        Some(Field::Text(p)) => Some(p.clone()),
+        _ => None,
+    };
+    match (e.field("errno"), path) {
+        (Some(Field::Int(errno)), Some(path)) if *errno != 0 => PyOSError::new_err((*errno, message, path)),
+        (Some(Field::Int(errno)), None) if *errno != 0 => PyOSError::new_err((*errno, message)),
+        _ => PyOSError::new_err(message),
+    }
+}
+
+fn classes<'py>(py: Python<'py>) -> PyResult<Bound<'py, PyModule>> {
+    static MODULE: PyOnceLock<Py<PyModule>> = PyOnceLock::new();
+    Ok(MODULE
+        .get_or_try_init(py, || py.import("jetrt.errors").map(Bound::unbind))?
+        .bind(py)
+        .clone())
+}
+
+/// The error with the exception that led to it as its `__cause__`.
+#[cold]
+pub fn caused_by(py: Python<'_>, e: Error, cause: PyErr) -> PyErr {
+    let out = PyErr::from(e);
+    out.set_cause(py, Some(cause));
+    out
+}
+
+/// `TypeError: what it said`, the first line, for messages.
+#[cold]
+pub fn brief(py: Python<'_>, e: &PyErr) -> String {
+    let class = e.get_type(py).name().map(|n| n.to_string()).unwrap_or_default();
+    let text = e.value(py).str().map(|s| s.to_string()).unwrap_or_default();
+    match text.lines().next() {
+        Some(line) if !line.is_empty() => format!("{class}: {line}"),
+        _ => class,
+    }
+}
+
+/// A Python exception as an [`Error`], for code that knows no Python. An exception of jetrt's own keeps its kind.
+#[cold]
+pub fn from_py(py: Python<'_>, e: &PyErr) -> Error {
+    const OURS: [Kind; 16] = [
+        Kind::LibraryNotFound,
+        Kind::UnsupportedVersion,
+        Kind::Deserialize,
+        Kind::Plan,
+        Kind::Inference,
+        Kind::Shape,
+        Kind::DType,
+        Kind::Layout,
+        Kind::Device,
+        Kind::InputName,
+        Kind::Grad,
+        Kind::ContextTimeout,
+        Kind::Closed,
+        Kind::GraphCapture,
+        Kind::OutOfMemory,
+        Kind::Cuda,
+    ];
+    let ty: Bound<'_, PyType> = e.get_type(py);
+    let ours = ty.module().is_ok_and(|m| m == "jetrt.errors");
+    let kind = match ty.name() {
+        Ok(name) if ours => OURS.into_iter().find(|k| name == k.class()),
+        _ => None,
+    };
+    match kind {
+        Some(kind) => Error::new(kind, e.value(py).str().map(|s| s.to_string()).unwrap_or_default()),
+        None => Error::new(Kind::Inference, brief(py, e)),
+    }
+}
