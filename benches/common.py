@@ -221,7 +221,6 @@ def machine() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *relative_command()]),
         "python": platform.python_version(),
-        "kernel": platform.release(),
         "cpu": cpu_model(),
         "cpus": os.cpu_count(),
         "jetrt": plain(jetrt._core.build_info()),
