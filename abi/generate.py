@@ -61,9 +61,7 @@ impl Slot {
             _ => return None,
         };
         match entry {
-            Some((index, first, last)) if first as u32 <= minor && minor <= last as u32 => {
-                Some(index as usize)
-            }
+            Some((index, first, last)) if first as u32 <= minor && minor <= last as u32 => Some(index as usize),
             _ => None,
         }
     }
