@@ -130,7 +130,10 @@ pub unsafe extern "C" fn fake_cuda_reachable(address: u64, size: u64, device: i3
     if reachable(address, size as usize, device) {
         return 1;
     }
-    mistake(format!("{}: a kernel on device {device} touched {size} bytes at {address:#x}, which it cannot reach", text(what)));
+    mistake(format!(
+        "{}: a kernel on device {device} touched {size} bytes at {address:#x}, which it cannot reach",
+        text(what)
+    ));
     0
 }
 

@@ -119,7 +119,10 @@ pub fn run(p: &CopyCast, device: i32) -> Result<(), String> {
         return Ok(());
     }
     let reach = |pick: fn(i64) -> bool| -> i64 {
-        (0..rank).filter(|&d| pick(p.strides[d])).map(|d| (p.dims[d] - 1) * p.strides[d]).sum()
+        (0..rank)
+            .filter(|&d| pick(p.strides[d]))
+            .map(|d| (p.dims[d] - 1) * p.strides[d])
+            .sum()
     };
     let (low, high) = (reach(|s| s < 0), reach(|s| s > 0));
     let first = p.src.wrapping_add_signed(low * from as i64);
@@ -127,7 +130,10 @@ pub fn run(p: &CopyCast, device: i32) -> Result<(), String> {
         return Err(format!("jetrt_copy_cast reads at {first:#x}, which device {device} cannot reach"));
     }
     if !reachable(p.dst, p.n as usize * to, device) {
-        return Err(format!("jetrt_copy_cast writes at {:#x}, which device {device} cannot reach", p.dst));
+        return Err(format!(
+            "jetrt_copy_cast writes at {:#x}, which device {device} cannot reach",
+            p.dst
+        ));
     }
     if p.src % from as u64 != 0 || p.dst % to as u64 != 0 {
         return Err(format!("jetrt_copy_cast: misaligned address {:#x} or {:#x}", p.src, p.dst));

@@ -53,32 +53,84 @@ const ERRORS: &[(i32, &CStr, &CStr)] = &[
     (3, c"CUDA_ERROR_NOT_INITIALIZED", c"initialization error"),
     (4, c"CUDA_ERROR_DEINITIALIZED", c"driver shutting down"),
     (34, c"CUDA_ERROR_STUB_LIBRARY", c"CUDA driver is a stub library"),
-    (35, c"CUDA_ERROR_INSUFFICIENT_DRIVER", c"CUDA driver version is insufficient for CUDA runtime version"),
+    (
+        35,
+        c"CUDA_ERROR_INSUFFICIENT_DRIVER",
+        c"CUDA driver version is insufficient for CUDA runtime version",
+    ),
     (100, c"CUDA_ERROR_NO_DEVICE", c"no CUDA-capable device is detected"),
     (101, c"CUDA_ERROR_INVALID_DEVICE", c"invalid device ordinal"),
     (200, c"CUDA_ERROR_INVALID_IMAGE", c"device kernel image is invalid"),
     (201, c"CUDA_ERROR_INVALID_CONTEXT", c"invalid device context"),
-    (209, c"CUDA_ERROR_NO_BINARY_FOR_GPU", c"no kernel image is available for execution on the device"),
+    (
+        209,
+        c"CUDA_ERROR_NO_BINARY_FOR_GPU",
+        c"no kernel image is available for execution on the device",
+    ),
     (218, c"CUDA_ERROR_INVALID_PTX", c"a PTX JIT compilation failed"),
-    (222, c"CUDA_ERROR_UNSUPPORTED_PTX_VERSION", c"the provided PTX was compiled with an unsupported toolchain."),
+    (
+        222,
+        c"CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
+        c"the provided PTX was compiled with an unsupported toolchain.",
+    ),
     (400, c"CUDA_ERROR_INVALID_HANDLE", c"invalid resource handle"),
-    (401, c"CUDA_ERROR_ILLEGAL_STATE", c"the operation cannot be performed in the present state"),
+    (
+        401,
+        c"CUDA_ERROR_ILLEGAL_STATE",
+        c"the operation cannot be performed in the present state",
+    ),
     (500, c"CUDA_ERROR_NOT_FOUND", c"named symbol not found"),
     (600, c"CUDA_ERROR_NOT_READY", c"device not ready"),
     (700, c"CUDA_ERROR_ILLEGAL_ADDRESS", c"an illegal memory access was encountered"),
     (709, c"CUDA_ERROR_CONTEXT_IS_DESTROYED", c"context is destroyed"),
-    (712, c"CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED", c"part or all of the requested memory range is already mapped"),
-    (713, c"CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED", c"pointer does not correspond to a registered memory region"),
+    (
+        712,
+        c"CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED",
+        c"part or all of the requested memory range is already mapped",
+    ),
+    (
+        713,
+        c"CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED",
+        c"pointer does not correspond to a registered memory region",
+    ),
     (719, c"CUDA_ERROR_LAUNCH_FAILED", c"unspecified launch failure"),
     (801, c"CUDA_ERROR_NOT_SUPPORTED", c"operation not supported"),
-    (900, c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", c"operation not permitted when stream is capturing"),
-    (901, c"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", c"operation failed due to a previous error during capture"),
-    (903, c"CUDA_ERROR_STREAM_CAPTURE_UNMATCHED", c"capture was not ended in the same stream as it began"),
+    (
+        900,
+        c"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+        c"operation not permitted when stream is capturing",
+    ),
+    (
+        901,
+        c"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
+        c"operation failed due to a previous error during capture",
+    ),
+    (
+        903,
+        c"CUDA_ERROR_STREAM_CAPTURE_UNMATCHED",
+        c"capture was not ended in the same stream as it began",
+    ),
     (904, c"CUDA_ERROR_STREAM_CAPTURE_UNJOINED", c"capturing stream has unjoined work"),
-    (905, c"CUDA_ERROR_STREAM_CAPTURE_ISOLATION", c"dependency created on uncaptured work in another stream"),
-    (906, c"CUDA_ERROR_STREAM_CAPTURE_IMPLICIT", c"operation would make the legacy stream depend on a capturing blocking stream"),
-    (907, c"CUDA_ERROR_CAPTURED_EVENT", c"operation not permitted on an event last recorded in a capturing stream"),
-    (908, c"CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD", c"attempt to terminate a thread-local capture sequence from another thread"),
+    (
+        905,
+        c"CUDA_ERROR_STREAM_CAPTURE_ISOLATION",
+        c"dependency created on uncaptured work in another stream",
+    ),
+    (
+        906,
+        c"CUDA_ERROR_STREAM_CAPTURE_IMPLICIT",
+        c"operation would make the legacy stream depend on a capturing blocking stream",
+    ),
+    (
+        907,
+        c"CUDA_ERROR_CAPTURED_EVENT",
+        c"operation not permitted on an event last recorded in a capturing stream",
+    ),
+    (
+        908,
+        c"CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD",
+        c"attempt to terminate a thread-local capture sequence from another thread",
+    ),
     (999, c"CUDA_ERROR_UNKNOWN", c"unknown error"),
 ];
 
@@ -297,7 +349,10 @@ fn ends(dst: u64, src: u64, n: usize, name: &str) -> Result<(Place, Place), i32>
     let (to, from) = (place(dst, n), place(src, n));
     for (which, address, found) in [("to", dst, to), ("from", src, from)] {
         if n > 0 && found == Place::Wrong {
-            return refuse(INVALID_VALUE, format!("{name}: {n} bytes {which} {address:#x} are no live block of that size"));
+            return refuse(
+                INVALID_VALUE,
+                format!("{name}: {n} bytes {which} {address:#x} are no live block of that size"),
+            );
         }
     }
     Ok((to, from))
@@ -325,7 +380,13 @@ fn copy_async(name: &str, dst: u64, src: u64, n: usize, stream: u64) -> Outcome 
         (_, Place::Pageable) => {
             // SAFETY: the caller's own memory, as with the real driver.
             let bytes = unsafe { std::slice::from_raw_parts(src as *const u8, n) }.to_vec();
-            work::enqueue(key, Op::Data { dst, bytes: Arc::new(bytes) })?;
+            work::enqueue(
+                key,
+                Op::Data {
+                    dst,
+                    bytes: Arc::new(bytes),
+                },
+            )?;
         }
         _ => work::enqueue(key, Op::Copy { dst, src, n })?,
     }
@@ -362,9 +423,22 @@ fn set_async(name: &str, dst: u64, value: u32, width: usize, n: usize, stream: u
 
 #[repr(C)]
 pub struct Memcpy2D {
-    src_x: usize, src_y: usize, src_type: u32, src_host: u64, src_device: u64, src_array: u64, src_pitch: usize,
-    dst_x: usize, dst_y: usize, dst_type: u32, dst_host: u64, dst_device: u64, dst_array: u64, dst_pitch: usize,
-    width: usize, height: usize,
+    src_x: usize,
+    src_y: usize,
+    src_type: u32,
+    src_host: u64,
+    src_device: u64,
+    src_array: u64,
+    src_pitch: usize,
+    dst_x: usize,
+    dst_y: usize,
+    dst_type: u32,
+    dst_host: u64,
+    dst_device: u64,
+    dst_array: u64,
+    dst_pitch: usize,
+    width: usize,
+    height: usize,
 }
 
 fn attribute(attribute: i32, address: u64, out: *mut c_void) -> Result<bool, i32> {
@@ -389,9 +463,15 @@ fn attribute(attribute: i32, address: u64, out: *mut c_void) -> Result<bool, i32
     write(
         match attribute {
             1 => block.context,
-            2 => match block.kind { Kind::Device(_) => 2, _ => 1 },
+            2 => match block.kind {
+                Kind::Device(_) => 2,
+                _ => 1,
+            },
             3 => address,
-            4 => match block.kind { Kind::Device(_) => return Err(INVALID_VALUE), _ => address },
+            4 => match block.kind {
+                Kind::Device(_) => return Err(INVALID_VALUE),
+                _ => address,
+            },
             7 => block.id,
             9 => device_of(block.context) as u64,
             11 => start,
@@ -618,12 +698,18 @@ fn create_stream(out: *mut u64, flags: u32, priority: i32) -> Outcome {
 
 fn capture_state(stream: u64) -> Result<(i32, u64, u64), i32> {
     let key = work::stream(stream)?;
-    let Some(found) = st().streams.get(&key) else { return Err(INVALID_HANDLE) };
+    let Some(found) = st().streams.get(&key) else {
+        return Err(INVALID_HANDLE);
+    };
     match found.capture.and_then(|id| st().captures.get(&id)) {
         None => {
             if work::is_legacy(key) {
                 let context = found.context;
-                if st().streams.values().any(|s| s.context == context && !s.non_blocking && s.capture.is_some()) {
+                if st()
+                    .streams
+                    .values()
+                    .any(|s| s.context == context && !s.non_blocking && s.capture.is_some())
+                {
                     return Err(CAPTURE_IMPLICIT);
                 }
             }
@@ -790,10 +876,20 @@ fn load_module(out: *mut u64, image: *const c_void) -> Outcome {
     let text = unsafe { CStr::from_ptr(image.cast()) };
     let Ok(text) = text.to_str() else { return Err(INVALID_IMAGE) };
     let directive = |name: &str| {
-        text.lines().find_map(|line| line.trim().strip_prefix(name)).map(|rest| rest.trim().to_owned())
+        text.lines()
+            .find_map(|line| line.trim().strip_prefix(name))
+            .map(|rest| rest.trim().to_owned())
     };
-    let (Some(version), Some(target)) = (directive(".version"), directive(".target")) else { return Err(INVALID_IMAGE) };
-    let number = |text: &str| text.chars().filter(char::is_ascii_digit).collect::<String>().parse::<i64>().unwrap_or(0);
+    let (Some(version), Some(target)) = (directive(".version"), directive(".target")) else {
+        return Err(INVALID_IMAGE);
+    };
+    let number = |text: &str| {
+        text.chars()
+            .filter(char::is_ascii_digit)
+            .collect::<String>()
+            .parse::<i64>()
+            .unwrap_or(0)
+    };
     // PTX 8.0 came with CUDA 12.0, 8.2 with 12.2; the two minor numbers march together that far and a little beyond.
     let driver = st().settings.driver;
     let newest = 80 + (driver - 12000) / 10 - i64::from(driver >= 12060);

@@ -90,7 +90,10 @@ pub struct Settings {
 impl Settings {
     fn from_environment() -> Self {
         let read = |name: &str, default: i64| {
-            std::env::var(name).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(default)
+            std::env::var(name)
+                .ok()
+                .and_then(|text| text.trim().parse().ok())
+                .unwrap_or(default)
         };
         Settings {
             devices: read("FAKE_CUDA_DEVICES", 1),
@@ -325,13 +328,23 @@ pub fn tear_down(context: u64) {
         release(address);
     }
     let state = st();
-    left("streams", state.streams.values().filter(|s| s.context == context && s.user && !s.zombie).count());
+    left(
+        "streams",
+        state
+            .streams
+            .values()
+            .filter(|s| s.context == context && s.user && !s.zombie)
+            .count(),
+    );
     state.streams.retain(|_, stream| stream.context != context);
     left("events", state.events.values().filter(|event| event.context == context).count());
     state.events.retain(|_, event| event.context != context);
     left("modules", state.modules.values().filter(|module| module.context == context).count());
     state.modules.retain(|_, module| module.context != context);
-    left("graph executables", state.execs.values().filter(|exec| exec.context == context).count());
+    left(
+        "graph executables",
+        state.execs.values().filter(|exec| exec.context == context).count(),
+    );
     state.execs.retain(|_, exec| exec.context != context);
 }
 
@@ -400,10 +413,23 @@ pub fn allocate(kind: Kind, size: usize, flags: u32) -> Result<u64, i32> {
             mistake(format!("the address space at {base:#x} is taken"));
             return Err(OUT_OF_MEMORY);
         }
-        state.arenas.insert(which, Arena { next: base + 4096, end: base + ARENA, free: HashMap::new() });
+        state.arenas.insert(
+            which,
+            Arena {
+                next: base + 4096,
+                end: base + ARENA,
+                free: HashMap::new(),
+            },
+        );
     }
-    let Some(arena) = state.arenas.get_mut(&which) else { return Err(OUT_OF_MEMORY) };
-    let recycled = if reuse { arena.free.get_mut(&room).and_then(Vec::pop) } else { None };
+    let Some(arena) = state.arenas.get_mut(&which) else {
+        return Err(OUT_OF_MEMORY);
+    };
+    let recycled = if reuse {
+        arena.free.get_mut(&room).and_then(Vec::pop)
+    } else {
+        None
+    };
     let address = match recycled {
         Some(address) => address,
         None if arena.next + room as u64 <= arena.end => {
@@ -416,7 +442,16 @@ pub fn allocate(kind: Kind, size: usize, flags: u32) -> Result<u64, i32> {
     // SAFETY: the block was just carved out of the arena.
     unsafe { std::ptr::write_bytes(address as *mut u8, FRESH, size.min(FILL_LIMIT)) };
     let id = handle();
-    st().blocks.insert(address, Block { size, kind, context, id, flags });
+    st().blocks.insert(
+        address,
+        Block {
+            size,
+            kind,
+            context,
+            id,
+            flags,
+        },
+    );
     Ok(address)
 }
 

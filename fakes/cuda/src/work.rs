@@ -23,17 +23,41 @@ pub struct Copy2D {
 
 #[derive(Clone)]
 pub enum Op {
-    Copy { dst: u64, src: u64, n: usize },
+    Copy {
+        dst: u64,
+        src: u64,
+        n: usize,
+    },
     /// A pageable source, read when the call was made.
-    Data { dst: u64, bytes: Arc<Vec<u8>> },
+    Data {
+        dst: u64,
+        bytes: Arc<Vec<u8>>,
+    },
     Copy2D(Copy2D),
-    Set { dst: u64, value: u32, width: usize, n: usize },
-    Host { function: unsafe extern "C" fn(*mut c_void), data: u64 },
+    Set {
+        dst: u64,
+        value: u32,
+        width: usize,
+        n: usize,
+    },
+    Host {
+        function: unsafe extern "C" fn(*mut c_void),
+        data: u64,
+    },
     /// A function that stands for kernels; what it returns, if not 0, is the error that the device reports.
-    Kernel { function: unsafe extern "C" fn(*mut c_void) -> i32, data: u64 },
+    Kernel {
+        function: unsafe extern "C" fn(*mut c_void) -> i32,
+        data: u64,
+    },
     CopyCast(Arc<CopyCast>),
-    Mark { event: u64, version: u64 },
-    Await { stream: u64, position: u64 },
+    Mark {
+        event: u64,
+        version: u64,
+    },
+    Await {
+        stream: u64,
+        position: u64,
+    },
     Graph(Arc<Vec<Op>>),
 }
 
@@ -133,7 +157,11 @@ pub fn stream(handle: u64) -> Result<u64, i32> {
     match handle {
         0..=2 => {
             let context = current()?;
-            let key = if handle == 2 { 1 << 63 | thread() << 34 | context } else { legacy_key(context) };
+            let key = if handle == 2 {
+                1 << 63 | thread() << 34 | context
+            } else {
+                legacy_key(context)
+            };
             st().streams.entry(key).or_insert_with(|| Stream::new(context, false, 0, false));
             Ok(key)
         }
@@ -210,7 +238,9 @@ pub fn may_wait(key: u64) -> Outcome {
 }
 
 pub fn capturing(key: u64) -> Result<Option<u64>, i32> {
-    let Some(id) = st().streams.get(&key).and_then(|stream| stream.capture) else { return Ok(None) };
+    let Some(id) = st().streams.get(&key).and_then(|stream| stream.capture) else {
+        return Ok(None);
+    };
     match st().captures.get(&id) {
         Some(capture) if capture.invalid => Err(CAPTURE_INVALIDATED),
         _ => Ok(Some(id)),
@@ -291,15 +321,22 @@ pub fn drain(key: u64, upto: u64) {
             stream.done += 1;
         }
     }
-    let finished = st().streams.get(&key).is_some_and(|stream| stream.zombie && stream.queue.is_empty());
+    let finished = st()
+        .streams
+        .get(&key)
+        .is_some_and(|stream| stream.zombie && stream.queue.is_empty());
     if finished {
         st().streams.remove(&key);
     }
 }
 
 pub fn drain_all(context: u64) {
-    let mut keys: Vec<u64> =
-        st().streams.iter().filter(|(_, stream)| stream.context == context).map(|(key, _)| *key).collect();
+    let mut keys: Vec<u64> = st()
+        .streams
+        .iter()
+        .filter(|(_, stream)| stream.context == context)
+        .map(|(key, _)| *key)
+        .collect();
     keys.sort_unstable();
     for key in keys {
         drain(key, u64::MAX);
@@ -322,7 +359,9 @@ fn touchable(address: u64, n: usize, what: &str) -> bool {
     if n == 0 || place(address, n) != Place::Wrong {
         return true;
     }
-    lost(format!("{what} of {n} bytes at {address:#x}, which is not (or no longer) a live block of that size, when the work ran"));
+    lost(format!(
+        "{what} of {n} bytes at {address:#x}, which is not (or no longer) a live block of that size, when the work ran"
+    ));
     false
 }
 
@@ -398,7 +437,9 @@ pub fn wait(key: u64) -> Outcome {
 /// "Not ready" once, then progress: who asks again has waited.
 pub fn query(key: u64) -> Outcome {
     may_wait(key)?;
-    let Some(stream) = st().streams.get_mut(&key) else { return Err(INVALID_HANDLE) };
+    let Some(stream) = st().streams.get_mut(&key) else {
+        return Err(INVALID_HANDLE);
+    };
     if stream.done < stream.issued {
         if stream.asked < stream.issued {
             stream.asked = stream.issued;
@@ -429,7 +470,9 @@ pub fn destroy_stream(key: u64) {
 // Events ------------------------------------------------------------------------------------------------------------
 
 pub fn record(event: u64, key: u64) -> Outcome {
-    let Some(stream) = st().streams.get(&key) else { return Err(INVALID_HANDLE) };
+    let Some(stream) = st().streams.get(&key) else {
+        return Err(INVALID_HANDLE);
+    };
     let (context, known) = (stream.context, stream.known.clone());
     match st().events.get(&event) {
         None => return refuse(INVALID_HANDLE, format!("{event:#x} is no event")),
@@ -444,7 +487,9 @@ pub fn record(event: u64, key: u64) -> Outcome {
         enqueue(key, Op::Mark { event, version })?;
     }
     let at = position(key);
-    let Some(event) = st().events.get_mut(&event) else { return Err(INVALID_HANDLE) };
+    let Some(event) = st().events.get_mut(&event) else {
+        return Err(INVALID_HANDLE);
+    };
     event.version = version;
     event.asked = false;
     event.time = None;
@@ -476,7 +521,9 @@ pub fn wait_event(key: u64, event: u64) -> Outcome {
                 invalidate(id);
                 return Err(if is_legacy(key) { CAPTURE_IMPLICIT } else { CAPTURE_ISOLATION });
             }
-            let Some(stream) = st().streams.get_mut(&key) else { return Err(INVALID_HANDLE) };
+            let Some(stream) = st().streams.get_mut(&key) else {
+                return Err(INVALID_HANDLE);
+            };
             if joined.is_none() {
                 stream.known.clear();
             }
@@ -514,8 +561,12 @@ fn event_state(event: u64) -> Result<Option<(u64, u64)>, i32> {
 }
 
 pub fn event_query(event: u64) -> Outcome {
-    let Some((stream, position)) = event_state(event)? else { return health() };
-    let Some(found) = st().events.get_mut(&event) else { return Err(INVALID_HANDLE) };
+    let Some((stream, position)) = event_state(event)? else {
+        return health();
+    };
+    let Some(found) = st().events.get_mut(&event) else {
+        return Err(INVALID_HANDLE);
+    };
     if !found.asked {
         found.asked = true;
         return Err(NOT_READY);
@@ -556,7 +607,9 @@ pub fn begin(key: u64, mode: i32) -> Outcome {
         return Err(INVALID_VALUE);
     }
     let (id, graph) = (handle(), handle());
-    let Some(stream) = st().streams.get_mut(&key) else { return Err(INVALID_HANDLE) };
+    let Some(stream) = st().streams.get_mut(&key) else {
+        return Err(INVALID_HANDLE);
+    };
     if stream.capture.is_some() {
         return Err(ILLEGAL_STATE);
     }
@@ -564,7 +617,15 @@ pub fn begin(key: u64, mode: i32) -> Outcome {
     stream.known.clear();
     st().captures.insert(
         id,
-        Capture { id, origin: key, mode, thread: thread(), nodes: Vec::new(), graph, invalid: false },
+        Capture {
+            id,
+            origin: key,
+            mode,
+            thread: thread(),
+            nodes: Vec::new(),
+            graph,
+            invalid: false,
+        },
     );
     Ok(())
 }
@@ -579,10 +640,14 @@ fn end(id: u64) -> Option<Capture> {
 }
 
 pub fn finish(key: u64) -> Result<u64, i32> {
-    let Some(stream) = st().streams.get(&key) else { return Err(INVALID_HANDLE) };
+    let Some(stream) = st().streams.get(&key) else {
+        return Err(INVALID_HANDLE);
+    };
     let (capture, known) = (stream.capture, stream.known.len());
     let Some(id) = capture else { return Err(ILLEGAL_STATE) };
-    let Some(running) = st().captures.get(&id) else { return Err(ILLEGAL_STATE) };
+    let Some(running) = st().captures.get(&id) else {
+        return Err(ILLEGAL_STATE);
+    };
     if running.origin != key {
         invalidate(id);
         return Err(903); // unmatched: the capture was begun on another stream
@@ -627,7 +692,14 @@ pub fn instantiate(graph: u64) -> Result<u64, i32> {
     };
     let nodes = Arc::new(found.nodes.iter().map(|(_, op)| op.clone()).collect());
     let exec = handle();
-    st().execs.insert(exec, Exec { context, nodes, last: None });
+    st().execs.insert(
+        exec,
+        Exec {
+            context,
+            nodes,
+            last: None,
+        },
+    );
     Ok(exec)
 }
 

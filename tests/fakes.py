@@ -1,0 +1,407 @@
+"""The stand-ins for CUDA's driver and TensorRT's runtime (`fakes/`): built, put under their real names, steered and looked into.
+
+A process finds them when it was started with the right LD_LIBRARY_PATH, which no process can change for itself. So `ensure_environment()` starts
+the running program once more, `run_python()` starts another one, and `python tests/fakes.py -- COMMAND …` runs any command with them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = ROOT / "target" / "fakes"
+VERSION = "10.6.0.26"
+MARK = "JETRT_FAKES"
+
+
+# Libraries ------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _built() -> tuple[Path, Path]:
+    command = ["cargo", "build", "--quiet", "--target-dir", str(TARGET), "-p", "fake-cuda", "-p", "fake-nvinfer"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RUSTFLAGS", "CARGO_BUILD_TARGET")}
+    environment.pop("LD_LIBRARY_PATH", None)
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise RuntimeError("the stand-in libraries are built by cargo, which is not on PATH") from error
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return TARGET / "debug" / "libfake_cuda.so", TARGET / "debug" / "libfake_nvinfer.so"
+
+
+def _place(content: bytes, path: Path) -> None:
+    """Replaces a file in one step; a process that has the old one mapped keeps it."""
+    if path.exists() and path.read_bytes() == content:
+        return
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+    Path(name).chmod(0o755)
+    Path(name).replace(path)
+
+
+def _link(path: Path, target: str) -> None:
+    if not path.is_symlink():
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.symlink_to(target)
+        temporary.replace(path)
+
+
+def major(version: str) -> int:
+    return int(version.split(".")[0])
+
+
+@functools.cache
+def library_dir(version: str = VERSION) -> Path:
+    """A folder with `libcuda.so.1`, `libnvinfer.so.N` and `libnvinfer_plugin.so.N`, N the version's major number."""
+    cuda, nvinfer = _built()
+    number = major(version)
+    folder = TARGET / f"lib{number}"
+    folder.mkdir(parents=True, exist_ok=True)
+    _place(cuda.read_bytes(), folder / "libcuda.so.1")
+    _link(folder / "libcuda.so", "libcuda.so.1")
+    name = f"libnvinfer.so.{number}"
+    if number == 8:
+        temporary = TARGET / f"nvinfer8.{os.getpid()}.so"
+        compiler = os.environ.get("CC", "cc")
+        source = str(ROOT / "fakes" / "nvinfer8.c")
+        subprocess.run([compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", str(temporary), source], check=True)
+        temporary.replace(folder / name)
+        return folder
+    # The name inside the file follows the major version; both have the same length.
+    _place(nvinfer.read_bytes().replace(b"libnvinfer.so.10\0", name.encode() + b"\0"), folder / name)
+    _link(folder / f"libnvinfer_plugin.so.{number}", name)
+    return folder
+
+
+def environment(version: str = VERSION, **more: Any) -> dict[str, str]:
+    """The environment for a process that is to find the stand-ins; `more` is set on top, None removes a variable."""
+    folder = str(library_dir(version))
+    result = dict(os.environ)
+    others = [p for p in result.get("LD_LIBRARY_PATH", "").split(":") if p and not p.startswith(str(TARGET))]
+    tests = str(Path(__file__).resolve().parent)
+    paths = [p for p in result.get("PYTHONPATH", "").split(os.pathsep) if p and p != tests]
+    result.update(
+        LD_LIBRARY_PATH=":".join([folder, *others]),
+        PYTHONPATH=os.pathsep.join([tests, *paths]),
+        JETRT_TENSORRT_PATH=folder,
+        FAKE_TRT_VERSION=version,
+    )
+    result[MARK] = folder
+    for key, value in more.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = str(value)
+    return result
+
+
+def ensure_environment() -> None:
+    """Starts the running program once more, the same way, when it was not started with the stand-ins."""
+    if os.environ.get(MARK):
+        return
+    wanted = environment()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
+
+
+def run_python(
+    code: str,
+    *arguments: str,
+    version: str = VERSION,
+    env: Mapping[str, Any] | None = None,
+    timeout: float = 100,
+    check: bool = True,
+) -> subprocess.CompletedProcess[str]:
+    """Runs code in a process of its own that finds the stand-ins; `import fakes` works there."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment(version, **(env or {})),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if check and done.returncode != 0:
+        raise AssertionError(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+# Control --------------------------------------------------------------------------------------------------------------
+
+
+class _Fake:
+    _prefix = ""
+
+    def __init__(self, name: str) -> None:
+        self.library = ctypes.CDLL(name)
+
+    def _function(self, name: str, result: Any, *arguments: Any) -> Any:
+        function = self.library[f"{self._prefix}_{name}"]
+        function.restype = result
+        function.argtypes = arguments
+        return function
+
+    def reset(self) -> None:
+        """Forgets calls, mistakes and the injected failure; objects stay."""
+        self._function("reset", None)()
+
+    def calls(self) -> int:
+        return int(self._function("calls", ctypes.c_uint64)())
+
+    def count(self, name: str) -> int:
+        return int(self._function("call_count", ctypes.c_uint64, ctypes.c_char_p)(name.encode()))
+
+    def last_failed(self) -> str:
+        """The call that the injected failure hit; empty while it has not been reached."""
+        return str(self._function("last_failed", ctypes.c_char_p)().decode())
+
+    def live(self, kind: str) -> int:
+        return int(self._function("live", ctypes.c_uint64, ctypes.c_char_p)(kind.encode()))
+
+    def errors(self) -> list[str]:
+        """What the caller did wrong, whether or not it was answered with an error."""
+        text = self._function("error_text", ctypes.c_char_p, ctypes.c_uint64)
+        return [text(i).decode() for i in range(self._function("errors", ctypes.c_uint64)())]
+
+
+class FakeCuda(_Fake):
+    """The driver stand-in of this process."""
+
+    _prefix = "fake_cuda"
+    KINDS = ("device", "pinned", "registered", "stream", "event", "graph", "graph_exec", "module", "capture", "bytes")
+
+    def __init__(self) -> None:
+        super().__init__("libcuda.so.1")
+
+    def fail_at(self, n: int, code: int = 2) -> None:
+        """The n-th driver call from now (1: the next) answers `code` (2: out of memory); 0 takes it back."""
+        self._function("fail_at", None, ctypes.c_int64, ctypes.c_int)(n, code)
+
+    def set(self, name: str, value: int) -> None:
+        if not self._function("set", ctypes.c_int, ctypes.c_char_p, ctypes.c_int64)(name.encode(), value):
+            raise KeyError(name)
+
+    def all_live(self) -> dict[str, int]:
+        """How much of each kind lives; compared before and after to find leaks. Contexts are the process's and left out."""
+        return {kind: self.live(kind) for kind in self.KINDS}
+
+    def log(self) -> list[str]:
+        """The names of the calls since the reset, in order."""
+        name = self._function("call_name", ctypes.c_int, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_uint64)
+        buffer = ctypes.create_string_buffer(128)
+        result: list[str] = []
+        while name(len(result), buffer, len(buffer)):
+            result.append(buffer.value.decode())
+        return result
+
+    def place(self, address: int, size: int = 1) -> str:
+        code = self._function("place", ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64)(address, size)
+        return {0: "pageable", 1: "pinned", 2: "device"}.get(code, "freed")
+
+    def call(self, name: str, *arguments: Any) -> int:
+        """A driver function; int arguments are passed as 64 bits. Returns the code."""
+        passed = [ctypes.c_uint64(a & (1 << 64) - 1) if isinstance(a, int) else a for a in arguments]
+        function = self.library[name]
+        function.restype = ctypes.c_int
+        function.argtypes = None
+        return int(function(*passed))
+
+
+class FakeTrt(_Fake):
+    """The TensorRT stand-in of this process."""
+
+    _prefix = "fake_trt"
+    KINDS = ("IRuntime", "ICudaEngine", "IExecutionContext", "IHostMemory", "IEngineInspector")
+
+    def __init__(self) -> None:
+        super().__init__(str(Path(os.environ[MARK]) / f"libnvinfer.so.{major(os.environ['FAKE_TRT_VERSION'])}"))
+
+    def fail_at(self, n: int) -> None:
+        """The n-th call from now that can fail does; 0 takes it back."""
+        self._function("fail_at", None, ctypes.c_int64)(n)
+
+    def all_live(self) -> dict[str, int]:
+        return {kind: self.live(kind) for kind in self.KINDS}
+
+
+# Plans ----------------------------------------------------------------------------------------------------------------
+
+Shape = Sequence[int]
+Profile = tuple[Shape, Shape, Shape]
+
+
+def tensor(
+    name: str, mode: str, dtype: str, shape: Shape, profiles: Iterable[Profile] | None = None, **more: Any
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "mode": mode,
+        "dtype": dtype,
+        "shape": list(shape),
+        "profiles": [[list(shape) for shape in profile] for profile in profiles or ()],
+        **more,
+    }
+
+
+def _mlp_weights() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    k, c = np.meshgrid(np.arange(64), np.arange(10), indexing="ij")
+    return ((k * 10 + c) % 7 - 3).astype(np.float32) / 8, (np.arange(10) - 4).astype(np.float32) / 2
+
+
+def _ready(program: str) -> dict[str, Any]:
+    """The plans that are named like those built by TensorRT, with the same tensors and profiles, and four more."""
+    if program == "dit5":
+        s = [(1, 122, 512)[i] for i in range(3)]
+        return {
+            "program": "dit5",
+            "nodes": 4,
+            "io": [
+                tensor("sa_embs", "input", "bfloat16", [1, 41, 64]),
+                tensor("vl_embs", "input", "bfloat16", [1, -1, 64], [tuple([1, n, 64] for n in s)]),  # type: ignore[list-item]
+                tensor("timestep", "input", "int64", [1]),
+                tensor("image_mask", "input", "bool", [1, -1], [tuple([1, n] for n in s)]),  # type: ignore[list-item]
+                tensor("backbone_attention_mask", "input", "bool", [1, -1], [tuple([1, n] for n in s)]),  # type: ignore[list-item]
+                tensor("output", "output", "bfloat16", [1, 41, 64]),
+            ],
+        }
+    if program in ("mlp", "affine"):
+        w, b = _mlp_weights()
+        return {
+            "program": "affine",
+            "nodes": 2,
+            "io": [
+                tensor("x", "input", "float32", [-1, 64], [([1, 64], [8, 64], [64, 64])]),
+                tensor("y", "output", "float32", [-1, 10]),
+            ],
+            "w": w.tolist(),
+            "b": b.tolist(),
+        }
+    if program == "nonzero":
+        return {
+            "program": "nonzero",
+            "io": [
+                tensor("x", "input", "float32", [-1, 4], [([1, 4], [8, 4], [64, 4])]),
+                tensor("y", "output", "int64", [2, -1]),
+            ],
+        }
+    if program == "add":
+        profile = [([1, 8], [4, 8], [16, 8])]
+        return {
+            "program": "add",
+            "io": [
+                tensor("a", "input", "float32", [-1, 8], profile),  # type: ignore[arg-type]
+                tensor("b", "input", "float32", [-1, 8], profile),  # type: ignore[arg-type]
+                tensor("y", "output", "float32", [-1, 8]),
+            ],
+        }
+    if program == "shape_input":
+        return {
+            "program": "shape_input",
+            "io": [
+                tensor("x", "input", "float32", [4]),
+                tensor("size", "input", "int64", [2], location="host", values=[[[1, 1], [2, 3], [8, 8]]]),
+                tensor("y", "output", "float32", [-1, -1]),
+            ],
+        }
+    if program == "copy":
+        return copy_of("float32", [-1, 4], [([1, 4], [2, 4], [16, 4])])
+    raise ValueError(f"no ready plan {program!r}")
+
+
+def copy_of(dtype: str, shape: Shape, profiles: Iterable[Profile] | None = None, n: int = 1) -> dict[str, Any]:
+    """The fields of a plan that copies n inputs `x…` to n outputs `y…`, of any dtype and rank."""
+    profiles = list(profiles or ())
+    tags = [""] if n == 1 else [str(i) for i in range(n)]
+    inputs = [tensor(f"x{tag}", "input", dtype, shape, profiles) for tag in tags]
+    outputs = [tensor(f"y{tag}", "output", dtype, shape) for tag in tags]
+    return {"program": "copy", "io": inputs + outputs}
+
+
+def plan_bytes(
+    program: str | Mapping[str, Any] = "mlp",
+    *,
+    version: str | None = None,
+    serialization: int = 2,
+    size: int | None = None,
+    magic: bytes = b"ftrt",
+    **fields: Any,
+) -> bytes:
+    """A plan. `program` is the name of a ready one or its fields; `fields` are set on top:
+
+    name, device_memory, weights_bytes, nodes, aux_streams: numbers and names of the engine
+    log [[severity, text], …], foreign_model (warns of another GPU model), host_code, sm (another compute capability)
+    fail "deserialize" | "context" | "shapes" | "enqueue", in_capture "differ" | "empty" | "fail" | "sync"
+    """
+    content = dict(_ready(program)) if isinstance(program, str) else dict(program)
+    content.update(fields)
+    content.setdefault("name", program if isinstance(program, str) else "plan")
+    body = json.dumps(content).encode()
+    numbers = [int(part) for part in (version or os.environ.get("FAKE_TRT_VERSION", VERSION)).split(".")]
+    total = 28 + len(body) if size is None else size
+    return magic + struct.pack("<IQQ4B", serialization, 0, total, *numbers) + body
+
+
+def write_plan(path: str | os.PathLike[str], program: str | Mapping[str, Any] = "mlp", **more: Any) -> Path:
+    """Writes what `plan_bytes` gives."""
+    result = Path(path)
+    result.write_bytes(plan_bytes(program, **more))
+    return result
+
+
+def mlp_reference(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    w, b = _mlp_weights()
+    return (x.astype(np.float32) @ w + b).astype(np.float32)
+
+
+def nonzero_reference(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.stack(np.nonzero(x)).astype(np.int64)
+
+
+def dit5_reference(
+    sa: np.ndarray[Any, Any],
+    vl: np.ndarray[Any, Any],
+    timestep: np.ndarray[Any, Any],
+    image: np.ndarray[Any, Any],
+    backbone: np.ndarray[Any, Any],
+) -> np.ndarray[Any, Any]:
+    """In float32; round to bfloat16 to compare exactly."""
+    kept = vl.astype(np.float32) * (image & backbone)[..., None].astype(np.float32)
+    # Summed one row after the other, as the stand-in does.
+    total = np.zeros((1, vl.shape[2]), np.float32)
+    for row in range(vl.shape[1]):
+        total += kept[:, row]
+    mean = total / np.float32(vl.shape[1])
+    return (sa.astype(np.float32) + mean[:, None, :]) + timestep.astype(np.float32)
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) < 2 or arguments[0] != "--":
+        print("usage: python tests/fakes.py -- COMMAND …", file=sys.stderr)
+        return 2
+    program = shutil.which(arguments[1])
+    if program is None:
+        print(f"no such command: {arguments[1]}", file=sys.stderr)
+        return 127
+    os.execve(program, arguments[1:], environment(os.environ.get("FAKE_TRT_VERSION", VERSION)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
