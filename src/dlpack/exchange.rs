@@ -78,7 +78,7 @@ impl Exchange {
         let mut t = MaybeUninit::<DLTensor>::uninit();
         // SAFETY: `obj` is an instance of the type that the function was found on; it fills `t` or fails.
         if unsafe { (self.read)(obj.as_ptr().cast(), t.as_mut_ptr()) } != 0 {
-            return Err(refused(obj, name));
+            return Err(refused(obj.py(), name, PyErr::fetch(obj.py())));
         }
         // SAFETY: filled, as the call succeeded; shape and strides belong to `obj`, which outlives this function.
         let view = unsafe {
@@ -140,9 +140,7 @@ pub(super) fn device_of(place: Place) -> DLDevice {
 
 /// torch found no strided memory behind the tensor: sparse, meta, quantised, or inside a functional transform.
 #[cold]
-fn refused(obj: &Bound<'_, PyAny>, name: &str) -> PyErr {
-    let py = obj.py();
-    let cause = PyErr::fetch(py);
+pub(crate) fn refused(py: Python<'_>, name: &str, cause: PyErr) -> PyErr {
     let e = Error::input(
         Kind::Layout,
         name,

@@ -7,7 +7,7 @@
 mod managed;
 pub use managed::Managed;
 #[cfg(feature = "python")]
-pub(crate) use managed::{checked, DTYPES};
+pub(crate) use managed::{checked, refused_dtype, refused_rank, DTYPES};
 
 #[cfg(feature = "python")]
 pub mod capsule;

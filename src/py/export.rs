@@ -40,8 +40,9 @@ fn torch<'py>(py: Python<'py>, t: OwnedTensor) -> PyResult<Bound<'py, PyAny>> {
     }
     // The legacy capsule: every torch takes it.
     let capsule = capsule::give(py, t, Options::default())?;
-    py.import(intern!(py, "torch.utils.dlpack"))?
-        .call_method1(intern!(py, "from_dlpack"), (capsule,))
+    static TAKE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let take = TAKE.get_or_try_init(py, || py.import("torch.utils.dlpack")?.getattr("from_dlpack").map(Bound::unbind))?;
+    take.bind(py).call1((capsule,))
 }
 
 /// A tensor wrapped from outside does not start torch's CUDA side, which the operators on it then miss.

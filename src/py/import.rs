@@ -1,7 +1,7 @@
 //! Any array object becomes one [`TensorView`]: without a copy, without a guess.
 
-use crate::dlpack::exchange::Exchange;
-use crate::dlpack::{capsule, ndarray, Managed};
+use crate::dlpack::exchange::{refused, Exchange};
+use crate::dlpack::{capsule, checked, ndarray, refused_dtype, refused_rank, Managed};
 use crate::dtype::DType;
 use crate::error::{Error, Kind};
 use crate::py::errors;
@@ -9,7 +9,7 @@ use crate::py::export::export;
 use crate::py::tensor::Tensor;
 use crate::shape::{Dims, MAX_DIMS};
 use crate::tensor::{OwnedTensor, Place, TensorView};
-use pyo3::exceptions::{PyAttributeError, PyTypeError};
+use pyo3::exceptions::{PyAttributeError, PyException, PyRuntimeError, PyTypeError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -163,23 +163,19 @@ pub fn current_stream(py: Python<'_>, library: Library, device: i32) -> PyResult
             if let Some(exchange) = torch_exchange(py) {
                 return exchange.current_stream(py, device).map(Some);
             }
-            let Some(torch) = imported(py, "torch") else { return Ok(None) };
-            let stream = torch
-                .getattr(intern!(py, "cuda"))?
-                .call_method1(intern!(py, "current_stream"), (device,))?;
-            stream.getattr(intern!(py, "cuda_stream"))?.extract().map(Some)
+            static ASK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+            let ask = ASK.get_or_try_init(py, || py.import("torch.cuda")?.getattr("current_stream").map(Bound::unbind))?;
+            ask.bind(py)
+                .call1((device,))?
+                .getattr(intern!(py, "cuda_stream"))?
+                .extract()
+                .map(Some)
         }
         Library::Cupy => {
-            let Some(cupy) = imported(py, "cupy") else { return Ok(None) };
-            let cuda = cupy.getattr(intern!(py, "cuda"))?;
-            // CuPy keeps a current stream for every device, and answers for the current device.
-            let guard = cuda.getattr(intern!(py, "Device"))?.call1((device,))?;
-            guard.call_method0(intern!(py, "__enter__"))?;
-            let stream = cuda
-                .call_method0(intern!(py, "get_current_stream"))
-                .and_then(|s| s.getattr(intern!(py, "ptr"))?.extract());
-            guard.call_method1(intern!(py, "__exit__"), (py.None(), py.None(), py.None()))?;
-            stream.map(Some)
+            static ASK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+            let ask = ASK.get_or_try_init(py, || py.import("cupy.cuda")?.getattr("get_current_stream").map(Bound::unbind))?;
+            // CuPy has a current stream for every device.
+            ask.bind(py).call1((device,))?.getattr(intern!(py, "ptr"))?.extract().map(Some)
         }
         Library::Numpy | Library::Jax | Library::Jetrt | Library::Other => Ok(None),
     }
@@ -222,24 +218,19 @@ pub fn grad_enabled(py: Python<'_>) -> PyResult<bool> {
 /// for the producer to order itself before (`None`: it need not); `device` is the engine's GPU.
 pub fn import(obj: &Bound<'_, PyAny>, name: &str, stream: Option<u64>, device: i32) -> PyResult<Imported> {
     let known = known(obj);
-    match known {
-        Known {
-            exchange: Some(exchange), ..
-        } => {
-            let view = exchange.view(obj, name)?;
-            // torch negates lazily only where imaginary parts are looked at, which lie two apart. One element is
-            // contiguous at any distance.
-            if !view.contiguous || view.elements() == 1 {
-                refuse_lazy(obj, name)?;
-            }
-            Ok(Imported::borrowed(view, Library::Torch))
+    if let Some(exchange) = known.exchange {
+        let view = exchange.view(obj, name)?;
+        // torch negates lazily only where imaginary parts are looked at, which lie two apart (one element counts as
+        // contiguous at any distance). Asking every tensor would double the cost of the import; what this misses is a
+        // negated tensor whose layout was then overridden by hand (`as_strided`, `resize_`).
+        if !view.contiguous || view.elements() == 1 {
+            refuse_negated(obj, name)?;
         }
-        Known {
-            library: Library::Numpy,
-            exact,
-            ..
-        } => {
-            if !exact {
+        return Ok(Imported::borrowed(view, Library::Torch));
+    }
+    match known.library {
+        Library::Numpy => {
+            if !known.exact {
                 refuse_masked(obj, name)?;
             }
             let (view, read_only) = ndarray::view(obj, name)?;
@@ -248,16 +239,9 @@ pub fn import(obj: &Bound<'_, PyAny>, name: &str, stream: Option<u64>, device: i
                 ..Imported::borrowed(view, Library::Numpy)
             })
         }
-        Known {
-            library: Library::Jetrt, ..
-        } => match obj.cast::<Tensor>() {
-            Ok(t) => Ok(Imported::borrowed(t.get().order_before(obj.py(), stream)?, Library::Jetrt)),
-            Err(_) => protocols(obj, name, stream, device, Library::Jetrt),
-        },
-        Known {
-            library: Library::Torch, ..
-        } => {
-            refuse_lazy(obj, name)?;
+        // torch < 2.10 (JetPack's own wheels): its attributes take a fifth of the time of its __dlpack__.
+        Library::Torch if known.exact => torch_attributes(obj, name),
+        Library::Torch => {
             let py = obj.py();
             // Gradients are the caller's to check; torch's own export refuses such a tensor whatever grad mode says.
             let plain = if requires_grad(obj)? {
@@ -265,16 +249,93 @@ pub fn import(obj: &Bound<'_, PyAny>, name: &str, stream: Option<u64>, device: i
             } else {
                 obj.clone()
             };
-            protocols(&plain, name, stream, device, Library::Torch)
+            let found = protocols(&plain, name, stream, device, Library::Torch)?;
+            refuse_negated(obj, name)?;
+            Ok(found)
         }
-        Known { library, .. } => protocols(obj, name, stream, device, library),
+        Library::Jetrt => match obj.cast::<Tensor>() {
+            Ok(t) => Ok(Imported::borrowed(t.get().order_before(obj.py(), stream)?, Library::Jetrt)),
+            Err(_) => protocols(obj, name, stream, device, Library::Jetrt),
+        },
+        library => protocols(obj, name, stream, device, library),
     }
 }
 
-/// The negative and the conjugate bit say that the stored values are not the values.
-fn refuse_lazy(obj: &Bound<'_, PyAny>, name: &str) -> PyResult<()> {
+/// A `torch.Tensor` by its attributes, borrowed as through the exchange table.
+fn torch_attributes(obj: &Bound<'_, PyAny>, name: &str) -> PyResult<Imported> {
     let py = obj.py();
-    if obj.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
+    let label = obj.getattr(intern!(py, "dtype"))?;
+    let Some(dtype) = torch_dtypes(py)?.iter().find(|(t, _)| t.is(&label)).map(|(_, d)| *d) else {
+        return Err(refused_dtype(name, label.str()?.to_string().trim_start_matches("torch.")).into());
+    };
+    let list = |v: Bound<'_, PyAny>| -> PyResult<Dims> {
+        let v = v.cast::<PyTuple>()?;
+        if v.len() > MAX_DIMS {
+            return Err(refused_rank(name, v.len() as i64).into());
+        }
+        let mut out = [0i64; MAX_DIMS];
+        for (to, from) in out.iter_mut().zip(v.iter_borrowed()) {
+            *to = from.extract()?;
+        }
+        Ok(Dims::new(&out[..v.len()]).unwrap_or_default())
+    };
+    // Sparse, nested and transformed tensors have no address or no strides, and torch says so.
+    let memory = || -> PyResult<(u64, Dims, Dims)> {
+        let ptr = obj.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        let strides = list(obj.call_method0(intern!(py, "stride"))?)?;
+        Ok((ptr, list(obj.getattr(intern!(py, "shape"))?)?, strides))
+    };
+    let (ptr, dims, strides) = match memory() {
+        Ok(m) => m,
+        Err(e) if e.is_exact_instance_of::<PyRuntimeError>(py) => return Err(refused(py, name, e)),
+        Err(e) => return Err(e),
+    };
+    let place = if obj.getattr(intern!(py, "is_cuda"))?.is_truthy()? && torch_has_cuda(py)? {
+        Place::Device(obj.call_method0(intern!(py, "get_device"))?.extract()?)
+    } else {
+        let device = obj.getattr(intern!(py, "device"))?.getattr(intern!(py, "type"))?;
+        match device.extract::<&str>()? {
+            "cpu" => Place::Host,
+            // Allowed through to the null pointer's message, which names it.
+            "meta" => Place::Host,
+            other => {
+                // A ROCm build calls its devices "cuda", too.
+                let found = format!(
+                    "a tensor on a device of type '{other}' of a torch {} CUDA",
+                    if torch_has_cuda(py)? { "with" } else { "without" }
+                );
+                let next = "Copy it to the engine's GPU or to the host first.";
+                return Err(Error::input(Kind::Device, name, found, "CUDA or host memory", next).into());
+            }
+        }
+    };
+    let view = checked(ptr, ptr == 0, dtype, dims, Some(strides), place, name)?;
+    refuse_negated(obj, name)?;
+    Ok(Imported::borrowed(view, Library::Torch))
+}
+
+/// torch's type objects (there is one of each), as far as this torch has them. Types of less than a byte are left out:
+/// torch stores them in ways of its own.
+fn torch_dtypes(py: Python<'_>) -> PyResult<&'static [(Py<PyAny>, DType)]> {
+    use DType::*;
+    const WHOLE: [DType; 15] = [F32, F16, Bf16, I64, I32, Bool, U8, I8, F64, I16, Fp8, E8M0, U16, U32, U64];
+    static TYPES: PyOnceLock<Vec<(Py<PyAny>, DType)>> = PyOnceLock::new();
+    let found = TYPES.get_or_try_init(py, || -> PyResult<_> {
+        let torch = py.import("torch")?;
+        let mut out = Vec::new();
+        for d in WHOLE {
+            if let Some(t) = torch.getattr_opt(d.name())? {
+                out.push((t.unbind(), d));
+            }
+        }
+        Ok(out)
+    })?;
+    Ok(found)
+}
+
+/// Refuses a tensor whose stored values are not its values. (The conjugate bit is on complex tensors only.)
+fn refuse_negated(obj: &Bound<'_, PyAny>, name: &str) -> PyResult<()> {
+    if obj.call_method0(intern!(obj.py(), "is_neg"))?.is_truthy()? {
         return Err(Error::input(
             Kind::Layout,
             name,
@@ -375,7 +436,7 @@ fn dlpack(
     let py = obj.py();
     let failed = |cause: PyErr| -> PyErr {
         // Ctrl-C and the like are no refusal.
-        if !cause.is_instance_of::<pyo3::exceptions::PyException>(py) {
+        if !cause.is_instance_of::<PyException>(py) {
             return cause;
         }
         let found = format!("a tensor that its library does not hand out ({})", errors::brief(py, &cause));
@@ -521,7 +582,7 @@ fn cuda_array(interface: &Bound<'_, PyAny>, name: &str, device: i32, library: Li
             Err(_) => return Err(malformed("whose stream is no number")),
         },
     };
-    let view = crate::dlpack::checked(ptr, ptr == 0, dtype, dims, strides, Place::Device(device), name)?;
+    let view = checked(ptr, ptr == 0, dtype, dims, strides, Place::Device(device), name)?;
     Ok(Imported {
         read_only,
         producer_stream,
