@@ -42,7 +42,6 @@ demo: release-build
 test: export JETRT_ALLOW_DEBUG := 1
 test: dev-build
 	cargo test --no-default-features
-	cargo build -p fake-cuda -p fake-nvinfer
 	@$(PIP) "$$(echo target/dev-wheel/*.whl)[test]"
 	$(BIN)/python -m pytest
 	.ci/numpy-floor target/dev-wheel/*.whl

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 
+import fakes
 import numpy as np
 import pytest
 
@@ -61,6 +62,19 @@ def test_run(files, capsys):
     assert re.search(r"^sum +float32 +\[2,3\] +10 +15 +out/sum.npy$", printed, re.M)
     np.testing.assert_array_equal(np.load("out/sum.npy"), A + B)
     np.testing.assert_array_equal(np.load("out/twice.npy"), A + A)
+
+
+def test_run_a_plan(tmp_path, monkeypatch, capsys):
+    fakes.write_plan(tmp_path / "mlp.engine", "mlp")
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "mlp.engine", "--random-inputs", "3", "--output-dir", "."]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^input +x +float32 +\[-1,64\] +device +\[1,64\] / \[8,64\] / \[64,64\]$", printed, re.M)
+    assert np.load("y.npy").shape == (8, 10)  # the profile's optimum
+    x = np.ones((2, 64), np.float32)
+    np.save("x.npy", x)
+    assert main(["run", "mlp.engine", "--runtime", "tensorrt", "--input", "x=x.npy", "--output", "y=z.npy"]) == 0
+    np.testing.assert_allclose(np.load("z.npy"), fakes.mlp_reference(x), rtol=1e-6)
 
 
 def test_output_by_name(files, capsys):

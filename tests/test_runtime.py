@@ -8,8 +8,8 @@ import hashlib
 import threading
 from pathlib import Path
 
+import fakes
 import numpy as np
-import onnx_models
 import pytest
 
 import jetrt
@@ -23,7 +23,14 @@ B = np.full((2, 3), 10, dtype=np.float32)
 
 
 @pytest.fixture
-def add(tmp_path):
+def onnx_models():
+    import onnx_models  # skips where there is no onnxruntime
+
+    return onnx_models
+
+
+@pytest.fixture
+def add(tmp_path, onnx_models):
     return onnx_models.add(tmp_path / "add.onnx")
 
 
@@ -107,7 +114,7 @@ def test_build_config_is_checked(arguments, message):
         jetrt.BuildConfig(**arguments)
 
 
-def test_entry_of_a_file_that_changed(add, tmp_path):
+def test_entry_of_a_file_that_changed(add, tmp_path, onnx_models):
     runtime = jetrt.get_runtime("onnx_cpu")
     entry = runtime.compile_engine(add)
     onnx_models.identity(add)
@@ -212,8 +219,7 @@ def test_load_an_onnx_file_needs_the_runtime_named(add):
         jetrt.load(add)
 
 
-def test_load_an_onnx_file_on_tensorrt_gives_the_command_that_builds(add, monkeypatch):
-    monkeypatch.setattr(tensorrt_module.TensorrtRuntime, "missing", classmethod(lambda cls: []))
+def test_load_an_onnx_file_on_tensorrt_gives_the_command_that_builds(add):
     with pytest.raises(errors.EngineBuildError, match="does not build plans") as caught:
         jetrt.load(add, runtime="tensorrt")
     assert f"trtexec --onnx={add} --saveEngine={add.with_suffix('.engine')}" in str(caught.value)
@@ -245,6 +251,104 @@ def test_unknown_option(add):
 def test_load_what_is_not_a_file(tmp_path, name):
     with pytest.raises(errors.EngineDeserializeError, match="cannot be read"):
         jetrt.load(tmp_path / name, runtime="onnx_cpu")
+
+
+# ------------------------------------------------------------------------------------------------------ tensorrt
+
+X = np.linspace(-1, 1, 3 * 64, dtype=np.float32).reshape(3, 64)
+
+
+@pytest.fixture
+def plan(tmp_path):
+    return fakes.write_plan(tmp_path / "mlp.engine", "mlp")
+
+
+def test_six_methods_on_tensorrt(plan):
+    runtime = jetrt.get_runtime("tensorrt", max_contexts=2)
+    assert runtime.current_runtime_label() == "tensorrt"
+    entry = runtime.compile_engine(plan)
+    assert (entry.runtime, entry.size_bytes, entry.build_config) == ("tensorrt", plan.stat().st_size, None)
+    assert entry.sha256 == hashlib.sha256(plan.read_bytes()).hexdigest()
+    assert entry.versions == {"tensorrt": fakes.VERSION, "jetrt": jetrt.__version__}
+
+    handle = runtime.deserialize_engine(entry)
+    assert isinstance(handle.model, jetrt.Engine)
+    outputs = runtime.infer(handle, {"x": X})
+    np.testing.assert_allclose(outputs["y"], fakes.mlp_reference(X), rtol=1e-6)
+    with pytest.raises(errors.TelemetryUnavailableError):
+        runtime.thermal_state()
+    runtime.release_engine(handle)
+    with pytest.raises(errors.ClosedEngineError):
+        runtime.infer(handle, {"x": X})
+
+
+def test_a_build_configuration_does_not_change_a_plan(plan, caplog):
+    entry = jetrt.get_runtime("tensorrt").compile_engine(plan, jetrt.BuildConfig(precision="fp16"))
+    assert entry.build_config is None
+    (record,) = [record for record in caplog.records if record.name == "jetrt.runtime"]
+    assert record.levelname == "WARNING"
+    assert "was built elsewhere: the build configuration is not applied" in record.getMessage()
+
+
+def test_compile_what_is_not_a_plan(tmp_path):
+    (tmp_path / "noise.engine").write_bytes(b"noise" * 20)
+    with pytest.raises(errors.EngineBuildError, match=r"noise\.engine") as caught:
+        jetrt.get_runtime("tensorrt").compile_engine(tmp_path / "noise.engine")
+    assert isinstance(caught.value.__cause__, errors.PlanError)
+    with pytest.raises(errors.PlanError, match=r"noise\.engine"):
+        jetrt.load(tmp_path / "noise.engine")
+
+
+def test_load_a_plan(plan):
+    for runtime in (None, "tensorrt"):
+        with jetrt.load(plan, runtime, max_contexts=2) as engine:
+            assert isinstance(engine, jetrt.Engine)
+            np.testing.assert_allclose(engine(X)["y"], fakes.mlp_reference(X), rtol=1e-6)
+    assert jetrt.available_runtimes()[0] == "tensorrt"
+
+
+def test_both_runtimes_answer_and_refuse_alike(tmp_path, onnx_models):
+    """The same call, the same error classes: what `load` returns can be exchanged."""
+    engine = jetrt.load(fakes.write_plan(tmp_path / "add.engine", "add"))
+    f32 = onnx_models.F32
+    path = onnx_models.save(
+        tmp_path / "add.onnx",
+        [("Add", ["a", "b"], ["y"], {})],
+        [("a", f32, ["N", 8]), ("b", f32, ["N", 8])],
+        [("y", f32, ["N", 8])],
+    )
+    model = jetrt.load(path, runtime="onnx_cpu")
+    a, b = np.arange(32, dtype=np.float32).reshape(4, 8), np.ones((4, 8), np.float32)
+    for name in ("inputs", "outputs"):
+        for key, info in getattr(engine, name).items():
+            twin = getattr(model, name)[key]
+            assert (info.name, info.dtype, info.shape, info.mode) == (twin.name, twin.dtype, twin.shape, twin.mode)
+    for good in (
+        lambda m: m(a, b),
+        lambda m: m(b=b, a=a),
+        lambda m: m.run([a, b]),
+        lambda m: m(a, b, synchronize=True),
+    ):
+        np.testing.assert_array_equal(good(engine)["y"], good(model)["y"])
+    for bad in (
+        lambda m: m(a),
+        lambda m: m(a, b, c=b),
+        lambda m: m(a, b, b),
+        lambda m: m(a, b, a=a),
+        lambda m: m(a, b[:, :7].copy()),
+        lambda m: m(a, b[0]),
+        lambda m: m(a, b.astype(np.float64)),
+        lambda m: m(a, b.astype(">f4")),
+        lambda m: m(a, np.asfortranarray(b)),
+        lambda m: m(a, [1.0]),
+        lambda m: m(a, b, out={"z": b}),
+    ):
+        with pytest.raises(errors.InputError) as one:
+            bad(engine)
+        with pytest.raises(errors.InputError) as other:
+            bad(model)
+        assert type(one.value) is type(other.value), (one.value, other.value)
+        assert one.value.tensor == other.value.tensor
 
 
 # ----------------------------------------------------------------------------------------------- onnx_cpu: calls
@@ -282,7 +386,7 @@ def test_call_shapes(model, call):
     assert type(outputs["sum"]) is np.ndarray
 
 
-def test_data_dependent_shape(tmp_path):
+def test_data_dependent_shape(tmp_path, onnx_models):
     model = OnnxModel(onnx_models.nonzero(tmp_path / "nonzero.onnx"))
     assert model.outputs["y"].shape == (1, -1)
     np.testing.assert_array_equal(model(np.array([0, 3, 0, 7], np.float32))["y"], [[1, 3]])
@@ -290,7 +394,7 @@ def test_data_dependent_shape(tmp_path):
     assert model(np.zeros(0, np.float32))["y"].shape == (1, 0)
 
 
-def test_results_are_the_callers_own(tmp_path):
+def test_results_are_the_callers_own(tmp_path, onnx_models):
     model = OnnxModel(onnx_models.identity(tmp_path / "identity.onnx"))
     x = np.array([1, 2, 3], np.float32)
     first = model(x)["y"]
@@ -444,7 +548,7 @@ def test_closed(model):
         model(A, B)
 
 
-def test_a_type_that_is_not_a_tensor(tmp_path):
+def test_a_type_that_is_not_a_tensor(tmp_path, onnx_models):
     string = onnx_models.onnx.TensorProto.STRING
     path = onnx_models.save(
         tmp_path / "text.onnx", [("Identity", ["x"], ["y"], {})], [("x", string, [1])], [("y", string, [1])]
@@ -456,7 +560,7 @@ def test_a_type_that_is_not_a_tensor(tmp_path):
 # ------------------------------------------------------------------------------------- onnx_cpu: other libraries
 
 
-def test_bfloat16_of_numpy(tmp_path):
+def test_bfloat16_of_numpy(tmp_path, onnx_models):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     model = OnnxModel(onnx_models.bfloat16(tmp_path / "b.onnx"))
     x = np.array([1, -2.5, 3.140625, 0], ml_dtypes.bfloat16)
@@ -473,7 +577,7 @@ def test_bfloat16_of_numpy(tmp_path):
     np.testing.assert_array_equal(target.view(np.uint16), x.view(np.uint16))
 
 
-def test_torch(model, tmp_path):
+def test_torch(model, tmp_path, onnx_models):
     torch = pytest.importorskip("torch")
     a, b = torch.from_numpy(A), torch.from_numpy(B)
     outputs = model(a, b)
