@@ -7,10 +7,10 @@ import subprocess
 import sys
 import sysconfig
 
-import fakes
 import numpy as np
 import pytest
 
+import fakes
 import jetrt
 from jetrt.cli import main
 from jetrt.report import io_table, latency_table, table

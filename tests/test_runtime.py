@@ -8,10 +8,10 @@ import hashlib
 import threading
 from pathlib import Path
 
-import fakes
 import numpy as np
 import pytest
 
+import fakes
 import jetrt
 from jetrt import errors
 from jetrt.runtimes import onnx_cpu as onnx_cpu_module
