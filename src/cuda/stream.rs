@@ -1,0 +1,155 @@
+//! Streams and events.
+
+use super::driver::{cuda, driver};
+use super::ffi::*;
+use super::Device;
+use crate::error::Result;
+
+/// The legacy default stream: what scripts that never name a stream use.
+pub const LEGACY: u64 = 0;
+/// The per-thread default stream.
+pub const PER_THREAD: u64 = 2;
+
+const NON_BLOCKING: u32 = 1;
+const DISABLE_TIMING: u32 = 2;
+const NOT_READY: u32 = 600;
+
+/// A stream, owned (destroyed on drop) or the caller's.
+#[derive(Debug)]
+pub struct Stream {
+    raw: CUstream,
+    owner: Option<&'static Device>,
+}
+
+// SAFETY: CUDA streams may be used from any thread whose current context is the stream's (driver API, "Stream Management").
+unsafe impl Send for Stream {}
+// SAFETY: as above; the driver locks internally.
+unsafe impl Sync for Stream {}
+
+impl Stream {
+    /// A new stream that does not wait for the legacy default stream by itself.
+    pub fn new(device: &'static Device) -> Result<Stream> {
+        let d = driver()?;
+        let _entered = device.enter()?;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: the pointer is live and a context is current.
+        unsafe { cuda!(d, cuStreamCreate(&mut raw, NON_BLOCKING)) }?;
+        Ok(Stream { raw, owner: Some(device) })
+    }
+
+    /// The caller's stream: it must live as long as work is being ordered on it.
+    #[inline]
+    pub fn borrowed(handle: u64) -> Stream {
+        // 1 is CUDA's other name for the legacy stream; one name is enough here.
+        Stream { raw: (if handle == 1 { LEGACY } else { handle }) as CUstream, owner: None }
+    }
+
+    #[inline]
+    pub fn handle(&self) -> u64 {
+        self.raw as u64
+    }
+
+    pub(super) fn raw(&self) -> CUstream {
+        self.raw
+    }
+
+    pub fn synchronize(&self) -> Result<()> {
+        let d = driver()?;
+        // SAFETY: the stream is alive.
+        unsafe { cuda!(d, cuStreamSynchronize(self.raw)) }
+    }
+
+    /// Work enqueued here from now on starts after the event's last record.
+    #[inline]
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        let d = driver()?;
+        // SAFETY: stream and event are alive; flags must be 0.
+        unsafe { cuda!(d, cuStreamWaitEvent(self.raw, event.raw, 0)) }
+    }
+
+    /// The number of the capture that somebody runs on this stream. The legacy stream cannot be captured (asking about it
+    /// while another stream is would be an error).
+    #[inline]
+    pub fn capture_id(&self) -> Result<Option<u64>> {
+        if self.handle() == LEGACY {
+            return Ok(None);
+        }
+        let d = driver()?;
+        let mut status = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        let mut id = 0u64;
+        let null = std::ptr::null_mut();
+        // SAFETY: stream is alive and both pointers are live; the other results are optional.
+        unsafe { cuda!(d, cuStreamGetCaptureInfo_v2(self.raw, &mut status, &mut id, null, null.cast(), null.cast())) }?;
+        Ok((status == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE).then_some(id))
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if let (Some(device), Ok(d)) = (self.owner, driver()) {
+            if let Ok(_entered) = device.enter() {
+                // SAFETY: owned, dropped once. The driver lets work in flight finish first.
+                let _ = unsafe { cuda!(d, cuStreamDestroy_v2(self.raw)) };
+            }
+        }
+    }
+}
+
+/// An event without timing: a point in a stream that others can wait for.
+#[derive(Debug)]
+pub struct Event {
+    raw: CUevent,
+    device: &'static Device,
+}
+
+// SAFETY: CUDA events may be used from any thread (driver API, "Event Management").
+unsafe impl Send for Event {}
+// SAFETY: as above; the driver locks internally.
+unsafe impl Sync for Event {}
+
+impl Event {
+    pub fn new(device: &'static Device) -> Result<Event> {
+        let d = driver()?;
+        let _entered = device.enter()?;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: the pointer is live and a context is current.
+        unsafe { cuda!(d, cuEventCreate(&mut raw, DISABLE_TIMING)) }?;
+        Ok(Event { raw, device })
+    }
+
+    #[inline]
+    pub fn record(&self, stream: &Stream) -> Result<()> {
+        let d = driver()?;
+        // SAFETY: event and stream are alive and of one context.
+        unsafe { cuda!(d, cuEventRecord(self.raw, stream.raw)) }
+    }
+
+    /// Has the recorded point passed?
+    pub fn is_done(&self) -> Result<bool> {
+        let d = driver()?;
+        // SAFETY: the event is alive.
+        match unsafe { (d.f.cuEventQuery)(self.raw) } {
+            0 => Ok(true),
+            NOT_READY => Ok(false),
+            code => d.check("cuEventQuery", code).map(|()| true),
+        }
+    }
+
+    /// Blocks the calling thread until the recorded point has passed.
+    pub fn synchronize(&self) -> Result<()> {
+        let d = driver()?;
+        // SAFETY: the event is alive.
+        unsafe { cuda!(d, cuEventSynchronize(self.raw)) }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if let Ok(d) = driver() {
+            if let Ok(_entered) = self.device.enter() {
+                // SAFETY: owned, dropped once; destroying a recorded event is allowed.
+                let _ = unsafe { cuda!(d, cuEventDestroy_v2(self.raw)) };
+            }
+        }
+    }
+}
