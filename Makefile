@@ -8,7 +8,7 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
-MATURIN := $(BIN)/maturin build --quiet
+MATURIN := $(BIN)/maturin build
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # pyo3 asks an interpreter at build time; which one does not matter for abi3, as long as there is one.
@@ -59,14 +59,15 @@ check: dev-build
 	$(BIN)/python abi/generate.py --check
 	$(BIN)/python kernels/generate.py --check
 
-# zig links against an old glibc, so that the wheel runs on older systems than the one that builds it.
+# zig links against an old glibc, so that the wheel runs on older systems than the one that builds it. maturin finds it
+# as a package of the first python on PATH.
 wheel: ARCH := x86_64
 wheel-aarch64: ARCH := aarch64
 wheel wheel-aarch64: venv
 	@.ci/rust-target $(ARCH)-unknown-linux-gnu
 	@$(PIP) 'maturin[zig]>=1.14,<2' pytest pytest-timeout
 	@rm -f dist/jetrt-*_$(ARCH).whl
-	$(MATURIN) --release --zig --target $(ARCH)-unknown-linux-gnu --compatibility manylinux_2_28 --out dist
+	PATH="$(abspath $(BIN)):$$PATH" $(MATURIN) --release --zig --target $(ARCH)-unknown-linux-gnu --compatibility manylinux_2_28 --out dist
 	JETRT_EXPECT_WHEEL=$(ARCH) $(BIN)/python -m pytest -q --noconftest tests/test_wheel.py
 	@ls dist/jetrt-*_$(ARCH).whl
 

@@ -24,10 +24,6 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"tests/fakes.py, which provides the stand-in libraries, is missing: {error}"
         ) from error
-    # It may start this process again under another environment; pytest's capture would swallow that one's output.
-    capture = config.pluginmanager.getplugin("capturemanager")
-    if capture is not None:
-        capture.suspend_global_capture(in_=True)
+    # It may start this process again under another environment. pytest captures nothing at this point (it does while
+    # it imports conftest.py), so that the new process writes where this one would.
     fakes.ensure_environment()
-    if capture is not None:
-        capture.resume_global_capture()
