@@ -157,7 +157,7 @@ def test_onnx_cpu_refuses_what_it_cannot_build(add, config, message):
     assert caught.value.path == str(add)
 
 
-def test_compile_of_a_broken_file(tmp_path):
+def test_compile_of_a_broken_file(tmp_path, onnx_models):
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"\x08\x07 not a model")
     with pytest.raises(errors.EngineBuildError, match=r"broken\.onnx was refused by onnxruntime"):
@@ -173,7 +173,7 @@ def test_unknown_runtime_names_what_there_is():
     ) as caught:
         jetrt.get_runtime("cuda")
     assert caught.value.runtime == "cuda"
-    assert "onnx_cpu" in caught.value.available
+    assert caught.value.available == jetrt.available_runtimes() != []
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def no_tensorrt(monkeypatch):
     monkeypatch.setattr(tensorrt_module._core, "library_info", library_info)
 
 
-def test_a_missing_library_is_named_and_nothing_falls_back(no_tensorrt, tmp_path):
+def test_a_missing_library_is_named_and_nothing_falls_back(no_tensorrt, tmp_path, onnx_models):
     plan = tmp_path / "a.engine"
     plan.write_bytes(b"ftrt")
     for attempt in (lambda: jetrt.get_runtime("tensorrt"), lambda: jetrt.load(plan)):
@@ -233,7 +233,7 @@ def test_load_an_onnx_file_on_tensorrt_gives_the_command_that_builds(add):
     assert "--fp16 --minShapes=a:1x3,b:1x3 --optShapes=a:2x3,b:2x3 --maxShapes=a:8x3,b:8x3" in str(caught.value)
 
 
-def test_load_a_plan_on_the_cpu(tmp_path):
+def test_load_a_plan_on_the_cpu(tmp_path, onnx_models):
     plan = tmp_path / "a.engine"
     plan.write_bytes(b"ftrt" + bytes(60))
     with pytest.raises(errors.EngineDeserializeError, match=r"is a TensorRT plan; onnx_cpu runs ONNX files"):
@@ -248,7 +248,7 @@ def test_unknown_option(add):
 
 
 @pytest.mark.parametrize("name", ["absent.onnx", "."])
-def test_load_what_is_not_a_file(tmp_path, name):
+def test_load_what_is_not_a_file(tmp_path, name, onnx_models):
     with pytest.raises(errors.EngineDeserializeError, match="cannot be read"):
         jetrt.load(tmp_path / name, runtime="onnx_cpu")
 
