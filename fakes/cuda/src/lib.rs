@@ -283,19 +283,6 @@ exports! { call:
         CURRENT.with_borrow_mut(|stack| stack.push(context));
         Ok(())
     }
-    fn cuCtxSynchronize() {
-        let context = current()?;
-        let hit: Vec<u64> = st().streams.values().filter(|s| s.context == context).filter_map(|s| s.capture).collect();
-        for id in &hit {
-            work::invalidate(*id);
-        }
-        if !hit.is_empty() {
-            return Err(CAPTURE_UNSUPPORTED);
-        }
-        unsafe_call()?;
-        work::drain_all(context);
-        work::health()
-    }
 }
 
 exports! { destroy_call:
@@ -722,7 +709,6 @@ fn capture_state(stream: u64) -> Result<(i32, u64, u64), i32> {
 exports! { call:
     fn cuStreamCreate(out: *mut u64, flags: u32) { create_stream(out, flags, 0) }
     fn cuStreamCreateWithPriority(out: *mut u64, flags: u32, priority: i32) { create_stream(out, flags, priority) }
-    fn cuStreamSynchronize(stream: u64) { work::wait(work::stream(stream)?) }
     fn cuStreamQuery(stream: u64) { work::query(work::stream(stream)?) }
     fn cuStreamWaitEvent(stream: u64, event: u64, flags: u32) {
         let _ = flags;
@@ -774,7 +760,6 @@ exports! { call:
         work::record(event, work::stream(stream)?)
     }
     fn cuEventQuery(event: u64) { work::event_query(event) }
-    fn cuEventSynchronize(event: u64) { work::event_wait(event) }
     fn cuEventElapsedTime(ms: *mut f32, start: u64, end: u64) { put(ms, work::elapsed(start, end)?) }
     fn cuEventElapsedTime_v2(ms: *mut f32, start: u64, end: u64) { put(ms, work::elapsed(start, end)?) }
 }
@@ -812,6 +797,25 @@ pub unsafe extern "C" fn cuStreamEndCapture(stream: u64, graph: *mut u64) -> i32
         graph.write(made);
     }
     code
+}
+
+// A wait that is told to fail has waited all the same, as one that brings the news of an earlier failure has: afterwards nothing runs any more.
+exports! { destroy_call:
+    fn cuCtxSynchronize() {
+        let context = current()?;
+        let hit: Vec<u64> = st().streams.values().filter(|s| s.context == context).filter_map(|s| s.capture).collect();
+        for id in &hit {
+            work::invalidate(*id);
+        }
+        if !hit.is_empty() {
+            return Err(CAPTURE_UNSUPPORTED);
+        }
+        unsafe_call()?;
+        work::drain_all(context);
+        work::health()
+    }
+    fn cuStreamSynchronize(stream: u64) { work::wait(work::stream(stream)?) }
+    fn cuEventSynchronize(event: u64) { work::event_wait(event) }
 }
 
 // Graphs ------------------------------------------------------------------------------------------------------------

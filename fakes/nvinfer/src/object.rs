@@ -208,3 +208,23 @@ pub unsafe fn check_kind(object: *mut u8, slot: Slot, kind: &std::ffi::CStr) {
         mistake(&format!("an object passed as {kind:?} does not say so in getInterfaceInfo"));
     }
 }
+
+/// Answers to getInterfaceInfo for callers that cannot return a structure themselves, such as ctypes.
+macro_rules! answers {
+    ($($name:ident: $module:ident),*) => { $(
+        #[no_mangle]
+        #[allow(non_snake_case)]
+        pub extern "C" fn $name(_: *mut u8) -> InterfaceInfo {
+            InterfaceInfo { kind: abi::$module::KIND.as_ptr(), major: abi::$module::INTERFACE_MAJOR, minor: abi::$module::INTERFACE_MINOR }
+        }
+    )* };
+}
+answers!(
+    fake_trt_info_ILogger: logger,
+    fake_trt_info_IOutputAllocator: output_allocator,
+    fake_trt_info_IProfiler: profiler,
+    fake_trt_info_IErrorRecorder: error_recorder,
+    fake_trt_info_IStreamReaderV2: stream_reader_v2,
+    fake_trt_info_IGpuAllocator: gpu_allocator,
+    fake_trt_info_IDebugListener: debug_listener
+);
