@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, overload
 
 from .errors import PlanError, RuntimeNotAvailableError
 
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from ._core import Engine
     from .runtimes._file import FileRuntime
+    from .runtimes.onnx_cpu import OnnxModel
 
 __all__ = [
     "BuildConfig",
@@ -267,6 +269,12 @@ def get_runtime(name: str, **config: Any) -> InferenceRuntime:
     return _get(name, config)
 
 
+@overload
+def load(path: str | os.PathLike[str], runtime: Literal["tensorrt"] | None = None, **options: Any) -> Engine: ...
+@overload
+def load(path: str | os.PathLike[str], runtime: Literal["onnx_cpu"], **options: Any) -> OnnxModel: ...
+@overload
+def load(path: str | os.PathLike[str], runtime: str | None, **options: Any) -> Model: ...
 def load(path: str | os.PathLike[str], runtime: str | None = None, **options: Any) -> Model:
     """Loads a plan or an ONNX file and returns a callable: ``model(x=array)["y"]``.
 
