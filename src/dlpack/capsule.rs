@@ -50,8 +50,8 @@ pub fn take(capsule: &Bound<'_, PyAny>, name: &str) -> PyResult<Managed> {
         // SAFETY: the name said what it points to, and it is ours since the rename.
         return Ok(unsafe { Managed::legacy(t.cast::<DLManagedTensor>()) });
     }
-    // SAFETY: the name is copied before anybody could change it.
     let found = match capsule.name()? {
+        // SAFETY: the name is copied before anybody could change it.
         Some(n) => unsafe { n.as_cstr() }.to_string_lossy().into_owned(),
         None => "no name".into(),
     };

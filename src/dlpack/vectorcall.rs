@@ -148,8 +148,7 @@ unsafe extern "C" fn call<const I: usize>(
     nargsf: usize,
     kwnames: *mut ffi::PyObject,
 ) -> *mut ffi::PyObject {
-    // Python holds the interpreter here already; this tells pyo3 so.
-    Python::attach(|py| {
+    attached(|py| {
         let outcome = match TAKEN[I].get() {
             None => Err(PyRuntimeError::new_err("the callable type was not made")),
             // SAFETY: vectorcall passes a callable, `nargs` positional values and one value per name, all borrowed for the
@@ -180,6 +179,16 @@ unsafe extern "C" fn call<const I: usize>(
     })
 }
 
+/// Python holds the interpreter already when it calls us; this tells pyo3 so. While the interpreter shuts down pyo3 declines
+/// (`attach` would panic, and with that abort the process), and the call fails with an exception.
+fn attached(f: impl FnOnce(Python<'_>) -> *mut ffi::PyObject) -> *mut ffi::PyObject {
+    Python::try_attach(f).unwrap_or_else(|| {
+        // SAFETY: called by Python, so the interpreter is held.
+        unsafe { ffi::PyErr_SetString(ffi::PyExc_RuntimeError, c"the interpreter is shutting down".as_ptr()) };
+        ptr::null_mut()
+    })
+}
+
 #[cold]
 fn panicked(payload: Box<dyn Any + Send>) -> PyErr {
     let text = payload
@@ -190,7 +199,7 @@ fn panicked(payload: Box<dyn Any + Send>) -> PyErr {
 }
 
 unsafe extern "C" fn refuse_pickling(slf: *mut ffi::PyObject, _: *mut ffi::PyObject) -> *mut ffi::PyObject {
-    Python::attach(|py| {
+    attached(|py| {
         // SAFETY: Python passes the instance, borrowed for the call.
         let slf = unsafe { Borrowed::from_ptr(py, slf) };
         let name = slf.get_type().name().map(|n| n.to_string()).unwrap_or_default();
