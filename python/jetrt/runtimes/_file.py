@@ -90,12 +90,7 @@ class FileRuntime(InferenceRuntime):
 
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise EngineDeserializeError(
-            f"{path} cannot be read: {error.strerror}. Check the path and its permissions.", path=str(path)
-        ) from error
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

@@ -488,11 +488,8 @@ def _open_session(path: Path, threads: int | None) -> Any:
     def refuse(why: str) -> EngineDeserializeError:
         return EngineDeserializeError(f"{path} {why}", path=str(path))
 
-    try:
-        with path.open("rb") as file:
-            head = file.read(4)
-    except OSError as error:
-        raise refuse(f"cannot be read: {error.strerror}. Check the path and its permissions.") from error
+    with path.open("rb") as file:  # a missing file is a FileNotFoundError, as it is for `jetrt.Engine`
+        head = file.read(4)
     if head == b"ftrt":
         raise refuse('is a TensorRT plan; onnx_cpu runs ONNX files. Load it with runtime="tensorrt".')
     options = onnxruntime.SessionOptions()
