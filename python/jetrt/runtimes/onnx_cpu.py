@@ -27,7 +27,6 @@ from ..errors import (
     EngineDeserializeError,
     GradError,
     InferenceError,
-    InputError,
     InputNameError,
     JetrtError,
     LayoutError,
@@ -429,8 +428,8 @@ class OnnxModel:
             f"{where} {what}; allowed is {_dims(info.shape)} (-1: any size).",
             engine=self.name,
             tensor=info.name,
-            found=tuple(shape),
-            allowed=info.shape,
+            found=_dims(shape),
+            allowed=_dims(info.shape),
         )
 
     def _target(self, name: str, value: Any) -> Array:
@@ -548,7 +547,7 @@ def _import(
         elif hasattr(value, "__cuda_array_interface__"):
             raise on_device("a CUDA device")
         elif not hasattr(value, "__array__"):
-            raise InputError(
+            raise DTypeError(
                 f"{where} is a {type(value).__name__}. Give an array: numpy, torch, or an object with __dlpack__.",
                 engine=engine,
                 tensor=tensor,
@@ -557,6 +556,14 @@ def _import(
             )
         # numpy's own import of DLPack knows no bfloat16 and is missing before 1.23; __array__ serves both.
         value = np.asarray(value) if hasattr(value, "__array__") else np.from_dlpack(value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise LayoutError(
+            f"{where} is a masked array, and the model would not see its mask. Fill it first: x.filled(…).",
+            engine=engine,
+            tensor=tensor,
+            found="a masked array",
+            allowed="an array in which every element counts",
+        )
     array = np.asarray(value)
     if not array.dtype.isnative:
         raise DTypeError(
