@@ -122,7 +122,11 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     #[cold]
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Error(Box::new(Detail { kind, message: message.into(), fields: Vec::new() }))
+        Error(Box::new(Detail {
+            kind,
+            message: message.into(),
+            fields: Vec::new(),
+        }))
     }
 
     /// Adds (or replaces) a field of the Python exception.
@@ -193,7 +197,10 @@ mod tests {
     #[test]
     fn message_names_tensor_found_allowed_and_next_step() {
         let e = Error::input(Kind::Shape, "x", "[3, 64]", "[1..8, 64]", "Pass a smaller batch.");
-        assert_eq!(e.to_string(), "input 'x': found [3, 64]; allowed: [1..8, 64]. Pass a smaller batch.");
+        assert_eq!(
+            e.to_string(),
+            "input 'x': found [3, 64]; allowed: [1..8, 64]. Pass a smaller batch."
+        );
         assert_eq!(e.field("tensor"), Some(&Field::Text("x".into())));
         assert_eq!(e.kind().class(), "ShapeError");
     }

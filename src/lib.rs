@@ -5,10 +5,13 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
 
 pub mod cuda;
+pub mod dlpack;
 pub mod dtype;
 pub mod error;
 pub mod exec;
 pub mod log;
+#[cfg(feature = "python")]
+pub mod py;
 pub mod shape;
 pub mod tensor;
 pub mod trt;

@@ -61,7 +61,15 @@ struct Inner {
 
 impl Queue {
     pub const fn new(capacity: usize) -> Queue {
-        Queue { inner: Mutex::new(Inner { lines: VecDeque::new(), next: 0, drained: 0, lost: 0 }), capacity }
+        Queue {
+            inner: Mutex::new(Inner {
+                lines: VecDeque::new(),
+                next: 0,
+                drained: 0,
+                lost: 0,
+            }),
+            capacity,
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
@@ -78,7 +86,12 @@ impl Queue {
         }
         let number = q.next;
         q.next += 1;
-        q.lines.push_back(Line { severity, text, thread: thread::current().id(), number });
+        q.lines.push_back(Line {
+            severity,
+            text,
+            thread: thread::current().id(),
+            number,
+        });
     }
 
     /// A point in time, for [`Queue::since`].
@@ -91,10 +104,18 @@ impl Queue {
     pub fn since(&self, mark: u64) -> Vec<String> {
         let me = thread::current().id();
         let q = self.lock();
-        let recent: Vec<&Line> = q.lines.iter().filter(|l| l.number >= mark && l.severity <= Severity::Warning).collect();
+        let recent: Vec<&Line> = q
+            .lines
+            .iter()
+            .filter(|l| l.number >= mark && l.severity <= Severity::Warning)
+            .collect();
         let mine: Vec<&&Line> = recent.iter().filter(|l| l.thread == me).collect();
         let pick = |l: &Line| l.text.clone();
-        let all: Vec<String> = if mine.is_empty() { recent.iter().map(|l| pick(l)).collect() } else { mine.iter().map(|l| pick(l)).collect() };
+        let all: Vec<String> = if mine.is_empty() {
+            recent.iter().map(|l| pick(l)).collect()
+        } else {
+            mine.iter().map(|l| pick(l)).collect()
+        };
         all[all.len().saturating_sub(32)..].to_vec()
     }
 
@@ -107,7 +128,12 @@ impl Queue {
         }
         let from = q.drained;
         q.drained = q.next;
-        let lines = q.lines.iter().filter(|l| l.number >= from).map(|l| (l.severity, l.text.clone())).collect();
+        let lines = q
+            .lines
+            .iter()
+            .filter(|l| l.number >= from)
+            .map(|l| (l.severity, l.text.clone()))
+            .collect();
         (lines, lost)
     }
 

@@ -122,7 +122,9 @@ impl fmt::Display for Range {
 
 /// The first profile that every input fits, `ranges[profile][input]`; `None` when none does.
 pub fn first_fitting(ranges: &[Vec<Range>], dims: &[Dims]) -> Option<usize> {
-    ranges.iter().position(|profile| profile.iter().zip(dims).all(|(r, d)| r.contains(d)))
+    ranges
+        .iter()
+        .position(|profile| profile.iter().zip(dims).all(|(r, d)| r.contains(d)))
 }
 
 #[cfg(test)]
@@ -181,7 +183,11 @@ mod tests {
 
     #[test]
     fn the_first_profile_that_fits_is_chosen() {
-        let r = |lo: i64, hi: i64| Range { min: Dims::new(&[lo]).unwrap(), opt: Dims::new(&[lo]).unwrap(), max: Dims::new(&[hi]).unwrap() };
+        let r = |lo: i64, hi: i64| Range {
+            min: Dims::new(&[lo]).unwrap(),
+            opt: Dims::new(&[lo]).unwrap(),
+            max: Dims::new(&[hi]).unwrap(),
+        };
         let ranges = vec![vec![r(1, 4), r(1, 4)], vec![r(1, 8), r(2, 8)]];
         let pick = |a: i64, b: i64| first_fitting(&ranges, &[Dims::new(&[a]).unwrap(), Dims::new(&[b]).unwrap()]);
         assert_eq!(pick(4, 4), Some(0));

@@ -38,8 +38,22 @@ impl TensorView {
     /// A view with strides in elements, or row-major when there are none.
     pub fn new(ptr: u64, dtype: DType, dims: Dims, strides: Option<Dims>, place: Place) -> TensorView {
         match strides {
-            Some(s) if !is_contiguous(dims.as_slice(), s.as_slice()) => TensorView { ptr, dtype, dims, strides: s, contiguous: false, place },
-            _ => TensorView { ptr, dtype, dims, strides: Dims::default(), contiguous: true, place },
+            Some(s) if !is_contiguous(dims.as_slice(), s.as_slice()) => TensorView {
+                ptr,
+                dtype,
+                dims,
+                strides: s,
+                contiguous: false,
+                place,
+            },
+            _ => TensorView {
+                ptr,
+                dtype,
+                dims,
+                strides: Dims::default(),
+                contiguous: true,
+                place,
+            },
         }
     }
 

@@ -91,10 +91,12 @@ impl Device {
         use CUdevice_attribute as A;
         Ok(Info {
             name: String::from_utf8_lossy(&name[..end]).into_owned(),
-            sm: attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? * 10 + attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            sm: attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? * 10
+                + attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
             sm_count: attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             total_memory: total as u64,
-            integrated: attribute(A::CU_DEVICE_ATTRIBUTE_INTEGRATED)? != 0 || std::env::var_os("JETRT_FORCE_INTEGRATED").is_some_and(|v| v == "1"),
+            integrated: attribute(A::CU_DEVICE_ATTRIBUTE_INTEGRATED)? != 0
+                || std::env::var_os("JETRT_FORCE_INTEGRATED").is_some_and(|v| v == "1"),
         })
     }
 

@@ -91,8 +91,11 @@ table! {
 
 /// Where `libcuda.so.1` is looked for: the loader first, then the folders of L4T, which some containers leave off the path.
 /// Never `libcuda.so`: that name is often the link-time stub of a toolkit.
-pub const CANDIDATES: [&str; 3] =
-    ["libcuda.so.1", "/usr/lib/aarch64-linux-gnu/nvidia/libcuda.so.1", "/usr/lib/aarch64-linux-gnu/tegra/libcuda.so.1"];
+pub const CANDIDATES: [&str; 3] = [
+    "libcuda.so.1",
+    "/usr/lib/aarch64-linux-gnu/nvidia/libcuda.so.1",
+    "/usr/lib/aarch64-linux-gnu/tegra/libcuda.so.1",
+];
 
 pub struct Driver {
     pub(super) f: Table,
@@ -131,7 +134,11 @@ fn open() -> Result<Driver> {
                     .with("found", format!("a driver without {}", missing.join(", ")))
                     .with("supported", "CUDA 12.2 or later")
                 })?;
-                let mut driver = Driver { f, library: name, version: 0 };
+                let mut driver = Driver {
+                    f,
+                    library: name,
+                    version: 0,
+                };
                 driver.init()?;
                 return Ok(driver);
             }
@@ -154,7 +161,10 @@ impl Driver {
     fn init(&mut self) -> Result<()> {
         // SAFETY: cuInit takes a zero flag word and may be called any number of times.
         self.check("cuInit", unsafe { (self.f.cuInit)(0) }).map_err(|e| {
-            e.context(format!("{}: the driver is there but finds no usable GPU (is one visible to this process? see nvidia-smi)", self.library))
+            e.context(format!(
+                "{}: the driver is there but finds no usable GPU (is one visible to this process? see nvidia-smi)",
+                self.library
+            ))
         })?;
         let mut version = 0;
         // SAFETY: the pointer is to a live int.

@@ -18,7 +18,9 @@ pub struct Relaxed {
 impl Relaxed {
     pub fn enter() -> Relaxed {
         let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        Relaxed { before: exchange(&mut mode).then_some(mode) }
+        Relaxed {
+            before: exchange(&mut mode).then_some(mode),
+        }
     }
 }
 
@@ -47,7 +49,12 @@ impl<'a> Capture<'a> {
     pub fn begin(stream: &'a Stream) -> Result<Capture<'a>> {
         let d = driver()?;
         // SAFETY: the stream is alive.
-        unsafe { cuda!(d, cuStreamBeginCapture_v2(stream.raw(), CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)) }?;
+        unsafe {
+            cuda!(
+                d,
+                cuStreamBeginCapture_v2(stream.raw(), CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+            )
+        }?;
         Ok(Capture { stream, open: true })
     }
 
@@ -61,7 +68,11 @@ impl<'a> Capture<'a> {
         // SAFETY: a null array asks for the count.
         unsafe { cuda!(d, cuGraphGetNodes(template.0, std::ptr::null_mut(), &mut count)) }?;
         if count == 0 {
-            return Err(Error::new(Kind::GraphCapture, "the captured graph is empty: TensorRT enqueued nothing on the capturing stream").with("reason", "empty graph"));
+            return Err(Error::new(
+                Kind::GraphCapture,
+                "the captured graph is empty: TensorRT enqueued nothing on the capturing stream",
+            )
+            .with("reason", "empty graph"));
         }
         let mut nodes = vec![std::ptr::null_mut(); count];
         // SAFETY: the array has room for `count` nodes.
@@ -71,7 +82,11 @@ impl<'a> Capture<'a> {
             // SAFETY: the node belongs to the graph, which is alive; the type is a 32-bit enum.
             unsafe { cuda!(d, cuGraphNodeGetType(node, &mut kind)) }?;
             if kind == MEM_ALLOC_NODE || kind == MEM_FREE_NODE {
-                return Err(Error::new(Kind::GraphCapture, "the captured graph allocates memory and cannot be replayed freely").with("reason", "memory node in graph"));
+                return Err(Error::new(
+                    Kind::GraphCapture,
+                    "the captured graph allocates memory and cannot be replayed freely",
+                )
+                .with("reason", "memory node in graph"));
             }
         }
         let mut raw = std::ptr::null_mut();

@@ -54,7 +54,10 @@ impl Kernel {
             cuda!(d, cuModuleLoadData(&mut module, PTX.as_ptr().cast()))?;
             cuda!(d, cuModuleGetFunction(&mut function, module, c"jetrt_copy_cast".as_ptr()))?;
         }
-        let kernel = Kernel { function, blocks_max: (device.info.sm_count.max(1) as u32) * 16 };
+        let kernel = Kernel {
+            function,
+            blocks_max: (device.info.sm_count.max(1) as u32) * 16,
+        };
         loaded.push((device.ordinal, kernel));
         Ok(kernel)
     }
@@ -67,7 +70,11 @@ impl Kernel {
             return Ok(());
         }
         let (mut dims, mut strides) = ([0; 8], [0; 8]);
-        let layout = if src.contiguous { src.dims.contiguous_strides() } else { src.strides };
+        let layout = if src.contiguous {
+            src.dims.contiguous_strides()
+        } else {
+            src.strides
+        };
         dims[..src.dims.rank()].copy_from_slice(src.dims.as_slice());
         strides[..layout.rank()].copy_from_slice(layout.as_slice());
         let mut job = CopyCast {
@@ -87,7 +94,22 @@ impl Kernel {
         // SAFETY: the kernel takes exactly one CopyCast, which the driver copies at the call; `dst` has room for n elements
         // of `to` (the staging buffer was sized for it) and the view describes readable device memory.
         unsafe {
-            cuda!(d, cuLaunchKernel(self.function, blocks, 1, 1, THREADS, 1, 1, 0, stream.raw(), params.as_mut_ptr(), std::ptr::null_mut()))
+            cuda!(
+                d,
+                cuLaunchKernel(
+                    self.function,
+                    blocks,
+                    1,
+                    1,
+                    THREADS,
+                    1,
+                    1,
+                    0,
+                    stream.raw(),
+                    params.as_mut_ptr(),
+                    std::ptr::null_mut()
+                )
+            )
         }
     }
 }

@@ -95,10 +95,16 @@ impl PinnedBuffer {
         let _entered = device.enter()?;
         let mut host = std::ptr::null_mut();
         // SAFETY: the pointer is live and a context is current.
-        unsafe { cuda!(d, cuMemHostAlloc(&mut host, bytes.max(1) as usize, PORTABLE | DEVICE_MAP)) }.map_err(|e| out_of_memory(e, device, what, bytes))?;
+        unsafe { cuda!(d, cuMemHostAlloc(&mut host, bytes.max(1) as usize, PORTABLE | DEVICE_MAP)) }
+            .map_err(|e| out_of_memory(e, device, what, bytes))?;
         HOST_ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
         // Owned from here on: a failure below frees it.
-        let mut buffer = PinnedBuffer { host, ptr: 0, bytes, device };
+        let mut buffer = PinnedBuffer {
+            host,
+            ptr: 0,
+            bytes,
+            device,
+        };
         // SAFETY: `host` was allocated above with DEVICE_MAP.
         unsafe { cuda!(d, cuMemHostGetDevicePointer_v2(&mut buffer.ptr, host, 0)) }?;
         Ok(buffer)
@@ -143,7 +149,13 @@ pub fn mapped_address(host: u64) -> Result<Option<u64>> {
     let d = driver()?;
     let mut ptr: CUdeviceptr = 0;
     // SAFETY: the attribute writes one pointer; the driver only looks the address up.
-    let code = unsafe { (d.f.cuPointerGetAttribute)((&raw mut ptr).cast(), CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_POINTER, host) };
+    let code = unsafe {
+        (d.f.cuPointerGetAttribute)(
+            (&raw mut ptr).cast(),
+            CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_POINTER,
+            host,
+        )
+    };
     match code {
         0 => Ok((ptr != 0).then_some(ptr)),
         // INVALID_VALUE is the driver's answer for memory that it does not know.
@@ -157,7 +169,13 @@ pub fn device_of(ptr: u64) -> Result<Option<i32>> {
     let d = driver()?;
     let mut ordinal = 0i32;
     // SAFETY: the attribute writes one int; the driver only looks the address up.
-    let code = unsafe { (d.f.cuPointerGetAttribute)((&raw mut ordinal).cast(), CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, ptr) };
+    let code = unsafe {
+        (d.f.cuPointerGetAttribute)(
+            (&raw mut ordinal).cast(),
+            CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL,
+            ptr,
+        )
+    };
     match code {
         0 => Ok(Some(ordinal)),
         1 => Ok(None),

@@ -41,7 +41,10 @@ impl Stream {
     #[inline]
     pub fn borrowed(handle: u64) -> Stream {
         // 1 is CUDA's other name for the legacy stream; one name is enough here.
-        Stream { raw: (if handle == 1 { LEGACY } else { handle }) as CUstream, owner: None }
+        Stream {
+            raw: (if handle == 1 { LEGACY } else { handle }) as CUstream,
+            owner: None,
+        }
     }
 
     #[inline]
@@ -79,7 +82,12 @@ impl Stream {
         let mut id = 0u64;
         let null = std::ptr::null_mut();
         // SAFETY: stream is alive and both pointers are live; the other results are optional.
-        unsafe { cuda!(d, cuStreamGetCaptureInfo_v2(self.raw, &mut status, &mut id, null, null.cast(), null.cast())) }?;
+        unsafe {
+            cuda!(
+                d,
+                cuStreamGetCaptureInfo_v2(self.raw, &mut status, &mut id, null, null.cast(), null.cast())
+            )
+        }?;
         Ok((status == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE).then_some(id))
     }
 }

@@ -145,7 +145,13 @@ impl Executor {
         }
         if let ProfileChoice::Fixed(p) = options.profile {
             if p >= engine.profiles.max(1) {
-                return Err(Error::new(Kind::Argument, format!("profile={p}: this engine has {} optimisation profile(s), numbered from 0.", engine.profiles)));
+                return Err(Error::new(
+                    Kind::Argument,
+                    format!(
+                        "profile={p}: this engine has {} optimisation profile(s), numbered from 0.",
+                        engine.profiles
+                    ),
+                ));
             }
         }
         let seen = Arc::new(Seen::new(device));
@@ -193,8 +199,12 @@ impl Executor {
         self.front.handle()
     }
 
-    fn closed_error(&self) -> Error {
-        Error::new(Kind::Closed, format!("engine '{}' is closed. Load it again to use it.", self.engine.name)).with("engine", self.engine.name.clone())
+    pub fn closed_error(&self) -> Error {
+        Error::new(
+            Kind::Closed,
+            format!("engine '{}' is closed. Load it again to use it.", self.engine.name),
+        )
+        .with("engine", self.engine.name.clone())
     }
 
     fn checkout(&self, stream: Option<u64>, timeout: Option<Duration>) -> Result<Guard<'_>> {
@@ -214,13 +224,23 @@ impl Executor {
         self.seen.note_kept(Stream::borrowed(handle).handle(), keep);
     }
 
+    /// Work on `reader` from now on starts after what is enqueued on `producer` by now.
+    pub fn order(&self, producer: u64, reader: u64) -> Result<()> {
+        let _entered = self.device.enter()?;
+        let event = Event::new(self.device)?;
+        event.record(&Stream::borrowed(producer))?;
+        Stream::borrowed(reader).wait(&event)
+    }
+
     pub fn run(&self, call: &Call<'_>) -> Result<Finished> {
         if self.is_closed() {
             return Err(self.closed_error());
         }
         let _entered = self.device.enter()?;
         let mark = crate::log::TENSORRT.mark();
-        self.run_entered(call).map_err(|e| self.explain(e, call, mark)).inspect(|_| Stats::add(&self.stats.calls, 1))
+        self.run_entered(call)
+            .map_err(|e| self.explain(e, call, mark))
+            .inspect(|_| Stats::add(&self.stats.calls, 1))
     }
 
     /// What was bound goes into the exception of a call that TensorRT or CUDA refused.
@@ -230,9 +250,23 @@ impl Executor {
         if !matches!(e.kind(), Kind::Inference | Kind::Cuda | Kind::OutOfMemory) {
             return e;
         }
-        let bound: Vec<String> = call.inputs.iter().enumerate().map(|(k, v)| format!("{} {v}", self.input(k).name)).collect();
-        let e = if e.field("log").is_none() { e.with_log(crate::log::TENSORRT.since(mark)) } else { e };
-        e.context(format!("engine '{}' with {}", self.engine.name, if bound.is_empty() { "no inputs".into() } else { bound.join(", ") })).with("bound", bound)
+        let bound: Vec<String> = call
+            .inputs
+            .iter()
+            .enumerate()
+            .map(|(k, v)| format!("{} {v}", self.input(k).name))
+            .collect();
+        let e = if e.field("log").is_none() {
+            e.with_log(crate::log::TENSORRT.since(mark))
+        } else {
+            e
+        };
+        e.context(format!(
+            "engine '{}' with {}",
+            self.engine.name,
+            if bound.is_empty() { "no inputs".into() } else { bound.join(", ") }
+        ))
+        .with("bound", bound)
     }
 
     fn run_entered(&self, call: &Call<'_>) -> Result<Finished> {
@@ -260,8 +294,11 @@ impl Executor {
             copy_packed(bytes.as_mut_ptr() as u64, v);
             bytes
         };
-        let host: Vec<Vec<u8>> =
-            if self.has_host_inputs { inputs.iter().enumerate().map(|(k, v)| values(v, self.input(k))).collect() } else { Vec::new() };
+        let host: Vec<Vec<u8>> = if self.has_host_inputs {
+            inputs.iter().enumerate().map(|(k, v)| values(v, self.input(k))).collect()
+        } else {
+            Vec::new()
+        };
         {
             let mut signatures = locked(&self.signatures);
             let same = |r: &Resolved| r.dims.iter().zip(inputs).all(|(d, v)| *d == v.dims) && r.values == host;
@@ -288,7 +325,9 @@ impl Executor {
             values,
             profile,
             outputs: Vec::new(),
-            not_graphable: self.has_host_inputs.then_some("the engine has host shape tensors, whose values a graph would freeze"),
+            not_graphable: self
+                .has_host_inputs
+                .then_some("the engine has host shape tensors, whose values a graph would freeze"),
         };
         // Switching the profile is stream-ordered: on the session's own stream, behind the session's last work.
         session.order(&Stream::borrowed(session.stream.handle()))?;
@@ -322,7 +361,11 @@ impl Executor {
                     session.values[i].clone_from(&resolved.values[k]);
                 }
                 // TensorRT wants an address even for no values.
-                let address = if session.values[i].is_empty() { self.nothing.ptr() } else { session.values[i].as_ptr() as u64 };
+                let address = if session.values[i].is_empty() {
+                    self.nothing.ptr()
+                } else {
+                    session.values[i].as_ptr() as u64
+                };
                 session.context.set_address(i, address, changed)?;
             }
         }
@@ -356,7 +399,11 @@ impl Executor {
 
     fn run_on(&self, session: &mut Session, call: &Call<'_>) -> Result<Finished> {
         let resolved = self.resolve(session, call.inputs)?;
-        let all_ready = call.inputs.iter().enumerate().all(|(k, v)| is_ready(self.input(k), v, self.device.ordinal));
+        let all_ready = call
+            .inputs
+            .iter()
+            .enumerate()
+            .all(|(k, v)| is_ready(self.input(k), v, self.device.ordinal));
         // The addresses to bind; staged inputs have theirs before anything is enqueued.
         let mut addresses = [0u64; 16];
         let mut more;
@@ -386,9 +433,15 @@ impl Executor {
 
         let mut capture = false;
         if !self.graphs_off {
-            let key = KeyRef { shapes: resolved.id, addresses, host_outputs: call.to_host };
+            let key = KeyRef {
+                shapes: resolved.id,
+                addresses,
+                host_outputs: call.to_host,
+            };
             let graphable = match resolved.not_graphable {
-                None if matches!(call.outputs, Outputs::Engine) && self.options.outputs == OutputMode::Fresh => Some("outputs=\"fresh\" gives every result a new address"),
+                None if matches!(call.outputs, Outputs::Engine) && self.options.outputs == OutputMode::Fresh => {
+                    Some("outputs=\"fresh\" gives every result a new address")
+                }
                 // Mapped or kernel-read memory of the caller's is part of the key by address; a first cast is a kernel before the graph.
                 other => other,
             };
@@ -414,24 +467,41 @@ impl Executor {
                 // Never eager: capture, compare (waiting), and run the call by the graph itself.
                 self.require_graph(session, &resolved, call, addresses, &staged)?;
                 let mut graphs = locked(&self.graphs);
-                if let Decision::Replay(i) = graphs.decide(KeyRef { shapes: resolved.id, addresses, host_outputs: call.to_host }) {
+                if let Decision::Replay(i) = graphs.decide(KeyRef {
+                    shapes: resolved.id,
+                    addresses,
+                    host_outputs: call.to_host,
+                }) {
                     let (outputs, stream) = self.replay(session, graphs.entry(i), &resolved, call, &staged)?;
                     drop(graphs);
                     return self.finish(call, outputs, &stream);
                 }
-                return Err(Error::new(Kind::GraphCapture, "graphs=\"require\": the captured graph could not be replayed").with("reason", "not replayable"));
+                return Err(
+                    Error::new(Kind::GraphCapture, "graphs=\"require\": the captured graph could not be replayed")
+                        .with("reason", "not replayable"),
+                );
             }
             if self.options.graphs == GraphMode::Require {
                 let reason = self.failure_of(&resolved).unwrap_or_else(|| "a capture failed before".into());
-                return Err(Error::new(Kind::GraphCapture, format!("graphs=\"require\", and this call cannot be a graph: {reason}. Use graphs=\"auto\" to run it eagerly."))
-                    .with("reason", reason));
+                return Err(Error::new(
+                    Kind::GraphCapture,
+                    format!("graphs=\"require\", and this call cannot be a graph: {reason}. Use graphs=\"auto\" to run it eagerly."),
+                )
+                .with("reason", reason));
             }
         }
         self.eager(session, &resolved, call, addresses, &staged, capture)
     }
 
     /// What must happen to one input that cannot be bound as it is, and the address that will be bound.
-    fn plan_input(&self, session: &mut Session, k: usize, v: &TensorView, call: &Call<'_>, staged: &mut Vec<(usize, Need, HostPath)>) -> Result<u64> {
+    fn plan_input(
+        &self,
+        session: &mut Session,
+        k: usize,
+        v: &TensorView,
+        call: &Call<'_>,
+        staged: &mut Vec<(usize, Need, HostPath)>,
+    ) -> Result<u64> {
         let io = self.input(k);
         let n = need(io, v, self.device.ordinal, &self.options.policy)?;
         let t = self.inputs[k];
@@ -450,7 +520,9 @@ impl Executor {
                 staged.push((k, n, path));
                 match path {
                     HostPath::InPlace(p) if plain => Ok(p),
-                    HostPath::Mapped if plain => Ok(session.staging[t].pinned(self.device, v.bytes().unwrap_or(0), &io.name, &self.stats)?.1),
+                    HostPath::Mapped if plain => Ok(session.staging[t]
+                        .pinned(self.device, v.bytes().unwrap_or(0), &io.name, &self.stats)?
+                        .1),
                     _ => session.staging[t].packed(self.device, io.dtype.bytes(v.elements()).unwrap_or(0), &io.name, &self.stats),
                 }
             }
@@ -458,7 +530,14 @@ impl Executor {
     }
 
     /// Enqueues copies and casts of the inputs that need them; fills in addresses that were not known before.
-    fn stage(&self, session: &mut Session, call: &Call<'_>, staged: &[(usize, Need, HostPath)], addresses: &mut [u64], stream: &Stream) -> Result<()> {
+    fn stage(
+        &self,
+        session: &mut Session,
+        call: &Call<'_>,
+        staged: &[(usize, Need, HostPath)],
+        addresses: &mut [u64],
+        stream: &Stream,
+    ) -> Result<()> {
         for &(k, n, path) in staged {
             let (io, v, t) = (self.input(k), &call.inputs[k], self.inputs[k]);
             let cast = v.dtype != io.dtype;
@@ -509,7 +588,11 @@ impl Executor {
                 Err(e.context("out="))
             };
             if plan.data_dependent {
-                return wrong(Kind::Shape, "a tensor".into(), "no out= for an output whose shape depends on the data".into());
+                return wrong(
+                    Kind::Shape,
+                    "a tensor".into(),
+                    "no out= for an output whose shape depends on the data".into(),
+                );
             }
             if v.dtype != io.dtype {
                 return wrong(Kind::DType, v.dtype.name().into(), io.dtype.name().into());
@@ -518,7 +601,11 @@ impl Executor {
                 return wrong(Kind::Shape, v.dims.to_string(), plan.dims.to_string());
             }
             if !v.contiguous || v.ptr % super::plan::ALIGNMENT != 0 {
-                return wrong(Kind::Layout, v.to_string(), format!("row-major, at a multiple of {} bytes", super::plan::ALIGNMENT));
+                return wrong(
+                    Kind::Layout,
+                    v.to_string(),
+                    format!("row-major, at a multiple of {} bytes", super::plan::ALIGNMENT),
+                );
             }
             if v.place != Place::Device(self.device.ordinal) {
                 return wrong(Kind::Device, v.place.to_string(), format!("cuda:{}", self.device.ordinal));
@@ -543,7 +630,10 @@ impl Executor {
             let mut announced: Vec<u64> = entry.set.buffers.iter().flat_map(|b| b.take_announced()).collect();
             announced.push(entry.last_stream);
             if !self.seen.order_after_all(&stream, &announced)? {
-                return Err(Error::new(Kind::Inference, "another stream that used this engine's outputs is being captured into a graph; finish that capture first"));
+                return Err(Error::new(
+                    Kind::Inference,
+                    "another stream that used this engine's outputs is being captured into a graph; finish that capture first",
+                ));
             }
         } else if entry.set.buffers.iter().any(|b| b.has_announced()) {
             let announced: Vec<u64> = entry.set.buffers.iter().flat_map(|b| b.take_announced()).collect();
@@ -573,7 +663,11 @@ impl Executor {
 
     fn owned(&self, k: usize, ptr: u64, host: Option<u64>, dims: Dims, owner: Arc<dyn Send + Sync>) -> OwnedTensor {
         let view = TensorView::new(ptr, self.output(k).dtype, dims, None, Place::Device(self.device.ordinal));
-        OwnedTensor { view, host_ptr: host, owner }
+        OwnedTensor {
+            view,
+            host_ptr: host,
+            owner,
+        }
     }
 
     /// What follows the engine's work: results to the host, waits, the event that frees inputs.
@@ -582,7 +676,9 @@ impl Executor {
             for (k, out) in outputs.iter_mut().enumerate() {
                 if out.host_ptr.is_none() {
                     let bytes = self.output(k).dtype.bytes(out.view.elements()).unwrap_or(0);
-                    let lease = self.pool.lease(k, bytes, Where::Host, stream, true, &self.output(k).name, &self.stats)?;
+                    let lease = self
+                        .pool
+                        .lease(k, bytes, Where::Host, stream, true, &self.output(k).name, &self.stats)?;
                     let (host, ptr) = (lease.buffer().host().unwrap_or(0), lease.buffer().ptr());
                     copy_to_host(host, out.view.ptr, bytes, stream)?;
                     Stats::add(&self.stats.device_to_host_bytes, bytes);
@@ -612,7 +708,11 @@ impl Executor {
         } else {
             None
         };
-        Ok(Finished { outputs, done, stream: stream.handle() })
+        Ok(Finished {
+            outputs,
+            done,
+            stream: stream.handle(),
+        })
     }
 
     fn eager(
@@ -627,7 +727,11 @@ impl Executor {
         let caller = Stream::borrowed(call.stream.unwrap_or(session.stream.handle()));
         let alone = self.seen.note(caller.handle());
         let join = caller.handle() == LEGACY && !self.options.legacy_direct;
-        let work = if join { Stream::borrowed(session.stream.handle()) } else { Stream::borrowed(caller.handle()) };
+        let work = if join {
+            Stream::borrowed(session.stream.handle())
+        } else {
+            Stream::borrowed(caller.handle())
+        };
         if join {
             session.enter.record(&caller)?;
             work.wait(&session.enter)?;
@@ -662,11 +766,27 @@ impl Executor {
         }
         // Results for the host are copied where they were made.
         let at = if call.to_host { &work } else { &caller };
-        self.finish(call, if matches!(call.outputs, Outputs::Given(_)) { Vec::new() } else { outputs }, at)
+        self.finish(
+            call,
+            if matches!(call.outputs, Outputs::Given(_)) {
+                Vec::new()
+            } else {
+                outputs
+            },
+            at,
+        )
     }
 
     /// Binds every output: a leased buffer, the caller's memory, scratch memory, or an allocator where only the data decide.
-    fn bind_outputs(&self, session: &mut Session, resolved: &Resolved, call: &Call<'_>, given: &[u64], work: &Stream, alone: bool) -> Result<Vec<Target>> {
+    fn bind_outputs(
+        &self,
+        session: &mut Session,
+        resolved: &Resolved,
+        call: &Call<'_>,
+        given: &[u64],
+        work: &Stream,
+        alone: bool,
+    ) -> Result<Vec<Target>> {
         let mapped = call.to_host && self.device.info.integrated;
         let mut targets = Vec::with_capacity(resolved.outputs.len());
         for (k, plan) in resolved.outputs.iter().enumerate() {
@@ -691,8 +811,20 @@ impl Executor {
             // A host output is written by the host: it gets the host's address.
             let address = match &target {
                 Target::Scratch(p) => *p,
-                Target::Fresh(b) => if io.host { b.host().unwrap_or(0) } else { b.ptr() },
-                Target::Leased(l) => if io.host { l.buffer().host().unwrap_or(0) } else { l.buffer().ptr() },
+                Target::Fresh(b) => {
+                    if io.host {
+                        b.host().unwrap_or(0)
+                    } else {
+                        b.ptr()
+                    }
+                }
+                Target::Leased(l) => {
+                    if io.host {
+                        l.buffer().host().unwrap_or(0)
+                    } else {
+                        l.buffer().ptr()
+                    }
+                }
                 Target::Given(_) | Target::Allocated(_) => 0,
             };
             session.context.set_address(t, address, false)?;
@@ -703,7 +835,12 @@ impl Executor {
 
     fn arm_allocator(&self, session: &mut Session, k: usize, place: Where, stream: u64, alone: bool) -> Result<Target> {
         let slot: Arc<Mutex<Option<Arc<super::pool::Lease>>>> = Arc::default();
-        let (into, pool, stats, name) = (Arc::clone(&slot), Arc::clone(&self.pool), Arc::clone(&self.stats), self.output(k).name.clone());
+        let (into, pool, stats, name) = (
+            Arc::clone(&slot),
+            Arc::clone(&self.pool),
+            Arc::clone(&self.stats),
+            self.output(k).name.clone(),
+        );
         let allocator = session.context.allocator(self.outputs[k])?;
         allocator.arm(Box::new(move |bytes| {
             let lease = pool.lease(k, bytes, place, &Stream::borrowed(stream), alone, &name, &stats)?;
@@ -714,7 +851,13 @@ impl Executor {
         Ok(Target::Allocated(slot))
     }
 
-    fn collect_outputs(&self, session: &mut Session, resolved: &Resolved, targets: Vec<Target>, enqueued: bool) -> Result<Vec<OwnedTensor>> {
+    fn collect_outputs(
+        &self,
+        session: &mut Session,
+        resolved: &Resolved,
+        targets: Vec<Target>,
+        enqueued: bool,
+    ) -> Result<Vec<OwnedTensor>> {
         let mut outputs = Vec::with_capacity(targets.len());
         let mut failed = None;
         for (k, target) in targets.into_iter().enumerate() {
@@ -759,7 +902,13 @@ impl Executor {
     // ------------------------------------------------------------------------------------------------------------ graphs
 
     fn signature_text(&self, resolved: &Resolved) -> String {
-        resolved.dims.iter().enumerate().map(|(k, d)| format!("{}{d}", self.input(k).name)).collect::<Vec<_>>().join(" ")
+        resolved
+            .dims
+            .iter()
+            .enumerate()
+            .map(|(k, d)| format!("{}{d}", self.input(k).name))
+            .collect::<Vec<_>>()
+            .join(" ")
     }
 
     fn failure_of(&self, resolved: &Resolved) -> Option<String> {
@@ -780,15 +929,30 @@ impl Executor {
     fn report_wrong_graphs(&self) {
         let wrong = locked(&self.graphs).take_wrong();
         if let Some(entry) = wrong {
-            self.stats.graph_failed(format!("{:?}", entry.dims), "the replayed graph's outputs differ from eager ones".into());
+            self.stats.graph_failed(
+                format!("{:?}", entry.dims),
+                "the replayed graph's outputs differ from eager ones".into(),
+            );
             discard(vec![entry]);
         }
     }
 
     /// Captures a graph of the call that was just enqueued on `work`; a failure is remembered and reported, never raised.
     #[allow(clippy::too_many_arguments)]
-    fn capture_after(&self, session: &mut Session, resolved: &Arc<Resolved>, call: &Call<'_>, addresses: &[u64], outputs: &[OwnedTensor], work: &Stream) {
-        let key = KeyRef { shapes: resolved.id, addresses, host_outputs: call.to_host };
+    fn capture_after(
+        &self,
+        session: &mut Session,
+        resolved: &Arc<Resolved>,
+        call: &Call<'_>,
+        addresses: &[u64],
+        outputs: &[OwnedTensor],
+        work: &Stream,
+    ) {
+        let key = KeyRef {
+            shapes: resolved.id,
+            addresses,
+            host_outputs: call.to_host,
+        };
         match self.capture(session, resolved, call, addresses, outputs, work) {
             Ok((entry, comparison)) => {
                 let verdict = Arc::clone(&entry.verdict);
@@ -831,7 +995,10 @@ impl Executor {
             if !graphs.fits(bytes) {
                 return Err(Error::new(
                     Kind::GraphCapture,
-                    format!("a graph of this call needs {bytes} bytes (context and outputs) and graph_bytes allows {}", graphs.limit()),
+                    format!(
+                        "a graph of this call needs {bytes} bytes (context and outputs) and graph_bytes allows {}",
+                        graphs.limit()
+                    ),
                 )
                 .with("reason", "graph_bytes"));
             }
@@ -844,14 +1011,23 @@ impl Executor {
         let stream = Stream::new(self.device)?;
         session.leave.record(work)?;
         stream.wait(&session.leave)?;
-        let place = if call.to_host && self.device.info.integrated { Where::Host } else { Where::Device };
+        let place = if call.to_host && self.device.info.integrated {
+            Where::Host
+        } else {
+            Where::Device
+        };
         let mut set = OutputSet { buffers: Vec::new() };
         let mut targets = Vec::new();
         for (k, plan) in resolved.outputs.iter().enumerate() {
             if given {
                 targets.push(eager[k].view.ptr);
             } else {
-                let b = Buffer::new(self.device, plan.bytes, place, &format!("output '{}' of a graph", self.output(k).name))?;
+                let b = Buffer::new(
+                    self.device,
+                    plan.bytes,
+                    place,
+                    &format!("output '{}' of a graph", self.output(k).name),
+                )?;
                 targets.push(b.ptr());
                 set.buffers.push(b);
             }
@@ -920,9 +1096,31 @@ impl Executor {
         done.record(&stream)?;
         // What the caller enqueues next may overwrite the inputs: behind the replay.
         work.wait(&done)?;
-        let key = Graphs::key_of(KeyRef { shapes: resolved.id, addresses, host_outputs: call.to_host });
-        let entry = Entry::new(key, graph, context, Arc::new(set), Arc::default(), resolved.dims.clone(), bytes, work.handle());
-        Ok((entry, Comparison { snapshot, replayed, bytes: total, stream, device: self.device }))
+        let key = Graphs::key_of(KeyRef {
+            shapes: resolved.id,
+            addresses,
+            host_outputs: call.to_host,
+        });
+        let entry = Entry::new(
+            key,
+            graph,
+            context,
+            Arc::new(set),
+            Arc::default(),
+            resolved.dims.clone(),
+            bytes,
+            work.handle(),
+        );
+        Ok((
+            entry,
+            Comparison {
+                snapshot,
+                replayed,
+                bytes: total,
+                stream,
+                device: self.device,
+            },
+        ))
     }
 
     fn compare_in_background(&self, comparison: Comparison, verdict: Arc<Verdict>) {
@@ -938,36 +1136,63 @@ impl Executor {
     }
 
     /// Captures and compares, waiting for the result: for `prepare` and graphs="require".
-    fn require_graph(&self, session: &mut Session, resolved: &Arc<Resolved>, call: &Call<'_>, addresses: &mut [u64], staged: &[(usize, Need, HostPath)]) -> Result<()> {
+    fn require_graph(
+        &self,
+        session: &mut Session,
+        resolved: &Arc<Resolved>,
+        call: &Call<'_>,
+        addresses: &mut [u64],
+        staged: &[(usize, Need, HostPath)],
+    ) -> Result<()> {
         let given_views = if let Outputs::Given(g) = call.outputs { Some(g) } else { None };
-        let eager_call = Call { outputs: given_views.map_or(Outputs::Engine, Outputs::Given), to_host: false, synchronize: false, want_done: false, ..*call };
+        let eager_call = Call {
+            outputs: given_views.map_or(Outputs::Engine, Outputs::Given),
+            to_host: false,
+            synchronize: false,
+            want_done: false,
+            ..*call
+        };
         let caller = Stream::borrowed(call.stream.unwrap_or(session.stream.handle()));
         let finished = {
             let r = self.eager(session, resolved, &eager_call, addresses, staged, false)?;
             if let Some(given) = given_views {
-                given.iter().enumerate().map(|(k, v)| self.owned(k, v.ptr, None, v.dims, Arc::new(()))).collect()
+                given
+                    .iter()
+                    .enumerate()
+                    .map(|(k, v)| self.owned(k, v.ptr, None, v.dims, Arc::new(())))
+                    .collect()
             } else {
                 r.outputs
             }
         };
-        let outcome = self.capture(session, resolved, call, addresses, &finished, &caller).and_then(|(entry, comparison)| {
-            Stats::add(&self.stats.waits, 1);
-            if comparison.equal()? {
-                entry.verdict.set(true);
-                self.keep(entry);
-                Ok(())
-            } else {
-                discard(vec![entry]);
-                Err(Error::new(Kind::GraphCapture, "the replayed graph's outputs differ from eager ones").with("reason", "replay differs from eager"))
-            }
-        });
+        let outcome = self
+            .capture(session, resolved, call, addresses, &finished, &caller)
+            .and_then(|(entry, comparison)| {
+                Stats::add(&self.stats.waits, 1);
+                if comparison.equal()? {
+                    entry.verdict.set(true);
+                    self.keep(entry);
+                    Ok(())
+                } else {
+                    discard(vec![entry]);
+                    Err(
+                        Error::new(Kind::GraphCapture, "the replayed graph's outputs differ from eager ones")
+                            .with("reason", "replay differs from eager"),
+                    )
+                }
+            });
         outcome.map_err(|e| {
-            locked(&self.graphs).fail(KeyRef { shapes: resolved.id, addresses, host_outputs: call.to_host });
+            locked(&self.graphs).fail(KeyRef {
+                shapes: resolved.id,
+                addresses,
+                host_outputs: call.to_host,
+            });
             self.stats.graph_failed(self.signature_text(resolved), e.message().to_string());
             if e.kind() == Kind::GraphCapture {
                 e
             } else {
-                Error::new(Kind::GraphCapture, format!("the call could not be captured: {}", e.message())).with("reason", e.message().to_string())
+                Error::new(Kind::GraphCapture, format!("the call could not be captured: {}", e.message()))
+                    .with("reason", e.message().to_string())
             }
         })
     }
@@ -990,7 +1215,10 @@ impl Executor {
             let fresh = self.options.outputs == OutputMode::Fresh;
             let because = if self.graphs_off {
                 Some("graphs=\"off\"".to_string())
-            } else if let Some(why) = resolved.not_graphable.or(fresh.then_some("outputs=\"fresh\" gives every result a new address")) {
+            } else if let Some(why) = resolved
+                .not_graphable
+                .or(fresh.then_some("outputs=\"fresh\" gives every result a new address"))
+            {
                 Some(why.to_string())
             } else {
                 None
@@ -998,7 +1226,11 @@ impl Executor {
             let because = match because {
                 Some(why) => {
                     // Still warmed up: the first live call then only enqueues.
-                    let quiet = Call { to_host: false, synchronize: true, ..*call };
+                    let quiet = Call {
+                        to_host: false,
+                        synchronize: true,
+                        ..*call
+                    };
                     self.eager(&mut session, &resolved, &quiet, &mut addresses, &staged, false)?;
                     Some(why)
                 }
@@ -1008,10 +1240,23 @@ impl Executor {
                     .map(|e| e.message().to_string()),
             };
             if let (Some(why), GraphMode::Require) = (&because, self.options.graphs) {
-                return Err(Error::new(Kind::GraphCapture, format!("graphs=\"require\", and this call cannot be a graph: {why}")).with("reason", why.clone()));
+                return Err(Error::new(
+                    Kind::GraphCapture,
+                    format!("graphs=\"require\", and this call cannot be a graph: {why}"),
+                )
+                .with("reason", why.clone()));
             }
-            let outputs = resolved.outputs.iter().enumerate().map(|(k, p)| (self.output(k).name.clone(), p.dims)).collect();
-            Ok(Prepared { profile: resolved.profile, outputs, eager_because: because })
+            let outputs = resolved
+                .outputs
+                .iter()
+                .enumerate()
+                .map(|(k, p)| (self.output(k).name.clone(), p.dims))
+                .collect();
+            Ok(Prepared {
+                profile: resolved.profile,
+                outputs,
+                eager_because: because,
+            })
         };
         inner().map_err(|e| self.explain(e, call, mark))
     }
@@ -1027,7 +1272,9 @@ impl Executor {
     fn run_into_capture(&self, call: &Call<'_>, handle: u64, id: u64) -> Result<Finished> {
         let refuse = |what: &str| Error::new(Kind::GraphCapture, format!("inside a capture of the caller's: {what}")).with("reason", what);
         if call.to_host || call.synchronize {
-            return Err(refuse("results for the host need a wait, which a capture cannot have; pass CUDA tensors and no synchronize"));
+            return Err(refuse(
+                "results for the host need a wait, which a capture cannot have; pass CUDA tensors and no synchronize",
+            ));
         }
         let stream = Stream::borrowed(handle);
         let mut sessions = locked(&self.for_captures);
@@ -1035,7 +1282,9 @@ impl Executor {
         if sessions.last().is_none_or(|(i, _)| *i != id) {
             sessions.push((id, Session::new(&self.engine, self.options.memory.as_ref())?));
         }
-        let Some((_, session)) = sessions.last_mut() else { return Err(refuse("no session")) };
+        let Some((_, session)) = sessions.last_mut() else {
+            return Err(refuse("no session"));
+        };
         let resolved = self.resolve(session, call.inputs)?;
         if let Some(why) = resolved.not_graphable {
             return Err(refuse(why));
@@ -1070,7 +1319,11 @@ impl Executor {
         let mark = crate::log::TENSORRT.mark();
         session.context.enqueue(&stream).map_err(|e| session.context.explain(e, mark))?;
         Stats::add(&self.stats.captured_by_caller, 1);
-        Ok(Finished { outputs, done: None, stream: handle })
+        Ok(Finished {
+            outputs,
+            done: None,
+            stream: handle,
+        })
     }
 
     /// One enqueue on the session's own stream, with zeros for inputs (the caller's hold nothing yet while it captures): the
@@ -1087,7 +1340,10 @@ impl Executor {
             Ok(p)
         };
         for (k, &i) in self.inputs.iter().enumerate() {
-            let bytes = resolved.dims[k].volume().and_then(|n| self.engine.io[i].dtype.bytes(n)).unwrap_or(0);
+            let bytes = resolved.dims[k]
+                .volume()
+                .and_then(|n| self.engine.io[i].dtype.bytes(n))
+                .unwrap_or(0);
             session.context.set_address(i, zero(bytes)?, false)?;
         }
         for (k, &t) in self.outputs.iter().enumerate() {

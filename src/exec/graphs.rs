@@ -38,7 +38,9 @@ impl KeyRef<'_> {
     #[inline]
     fn fingerprint(&self) -> u64 {
         let mix = |h: u64, x: u64| (h ^ x).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
-        self.addresses.iter().fold(mix(u64::from(self.host_outputs), self.shapes), |h, &a| mix(h, a))
+        self.addresses
+            .iter()
+            .fold(mix(u64::from(self.host_outputs), self.shapes), |h, &a| mix(h, a))
     }
 
     #[inline]
@@ -47,7 +49,11 @@ impl KeyRef<'_> {
     }
 
     fn owned(&self) -> Key {
-        Key { shapes: self.shapes, addresses: self.addresses.to_vec(), host_outputs: self.host_outputs }
+        Key {
+            shapes: self.shapes,
+            addresses: self.addresses.to_vec(),
+            host_outputs: self.host_outputs,
+        }
     }
 }
 
@@ -104,7 +110,18 @@ impl Entry {
         bytes: u64,
         last_stream: u64,
     ) -> Entry {
-        Entry { key, graph, _context: context, set, verdict, dims, bytes, last_stream, used: 0, replays: 0 }
+        Entry {
+            key,
+            graph,
+            _context: context,
+            set,
+            verdict,
+            dims,
+            bytes,
+            last_stream,
+            used: 0,
+            replays: 0,
+        }
     }
 }
 
@@ -274,7 +291,9 @@ impl Graphs {
     pub fn insert(&mut self, mut entry: Entry) -> Vec<Entry> {
         let mut out = Vec::new();
         while self.bytes + entry.bytes > self.limit {
-            let Some(oldest) = (0..self.entries.len()).min_by_key(|&i| self.entries[i].used) else { break };
+            let Some(oldest) = (0..self.entries.len()).min_by_key(|&i| self.entries[i].used) else {
+                break;
+            };
             self.evicted += 1;
             out.push(self.remove(oldest));
         }
@@ -321,6 +340,10 @@ impl Graphs {
 
 impl Entry {
     fn key_ref(&self) -> KeyRef<'_> {
-        KeyRef { shapes: self.key.shapes, addresses: &self.key.addresses, host_outputs: self.key.host_outputs }
+        KeyRef {
+            shapes: self.key.shapes,
+            addresses: &self.key.addresses,
+            host_outputs: self.key.host_outputs,
+        }
     }
 }

@@ -8,9 +8,11 @@ mod pool;
 mod session;
 pub mod stats;
 mod streams;
+mod tensors;
 
 pub use executor::{Call, Executor, Options, Outputs, Prepared};
 pub use graphs::GraphMode;
 pub use plan::{HostMode, OnDtype, OnStrided, Policy, ProfileChoice};
 pub use pool::{record_stream, OutputMode};
 pub use session::ContextMemory;
+pub use tensors::{DeviceTensor, HostBuffer};

@@ -205,7 +205,9 @@ pub fn choose_profile(inputs: &[&IoTensor], dims: &[Dims], choice: ProfileChoice
     let bad = ranges[closest].iter().zip(dims).position(|(r, d)| !r.contains(d)).unwrap_or(0);
     let io = inputs[bad];
     let next = if ranges.len() > 1 {
-        format!("No profile fits all inputs together (closest: profile {closest}). Change the shape or build the engine with a profile for it.")
+        format!(
+            "No profile fits all inputs together (closest: profile {closest}). Change the shape or build the engine with a profile for it."
+        )
     } else {
         "Change the shape, or build the engine with a profile that includes it.".into()
     };
@@ -217,7 +219,11 @@ pub fn choose_profile(inputs: &[&IoTensor], dims: &[Dims], choice: ProfileChoice
 }
 
 fn fixed(io: &IoTensor) -> Range {
-    Range { min: io.shape, opt: io.shape, max: io.shape }
+    Range {
+        min: io.shape,
+        opt: io.shape,
+        max: io.shape,
+    }
 }
 
 /// `[1..8, 64]`, or one range per profile.
@@ -225,7 +231,12 @@ fn allowed(io: &IoTensor) -> String {
     match io.profiles.as_slice() {
         [] => io.shape.to_string(),
         [one] => one.to_string(),
-        many => many.iter().enumerate().map(|(i, r)| format!("{r} in profile {i}")).collect::<Vec<_>>().join(", "),
+        many => many
+            .iter()
+            .enumerate()
+            .map(|(i, r)| format!("{r} in profile {i}"))
+            .collect::<Vec<_>>()
+            .join(", "),
     }
 }
 
@@ -240,12 +251,24 @@ pub struct OutputPlan {
 impl OutputPlan {
     pub fn new(io: &IoTensor, dims: Dims) -> Result<OutputPlan> {
         if !dims.is_static() {
-            return Ok(OutputPlan { dims, bytes: 0, data_dependent: true });
+            return Ok(OutputPlan {
+                dims,
+                bytes: 0,
+                data_dependent: true,
+            });
         }
         let bytes = dims.volume().and_then(|n| io.dtype.bytes(n)).ok_or_else(|| {
-            Error::new(Kind::Shape, format!("output '{}': shape {dims} of {} overflows 64 bits", io.name, io.dtype)).with("tensor", io.name.clone())
+            Error::new(
+                Kind::Shape,
+                format!("output '{}': shape {dims} of {} overflows 64 bits", io.name, io.dtype),
+            )
+            .with("tensor", io.name.clone())
         })?;
-        Ok(OutputPlan { dims, bytes, data_dependent: false })
+        Ok(OutputPlan {
+            dims,
+            bytes,
+            data_dependent: false,
+        })
     }
 }
 
@@ -260,7 +283,13 @@ pub fn runs(dims: &Dims, strides: &Dims) -> Runs {
         outer -= 1;
     }
     let empty = d.contains(&0);
-    Runs { dims: d[..outer].to_vec(), strides: s[..outer].to_vec(), index: vec![0; outer], inner, done: empty }
+    Runs {
+        dims: d[..outer].to_vec(),
+        strides: s[..outer].to_vec(),
+        index: vec![0; outer],
+        inner,
+        done: empty,
+    }
 }
 
 pub struct Runs {
@@ -302,15 +331,35 @@ mod tests {
     }
 
     fn io(name: &str, dtype: DType, shape: &[i64], profiles: &[(&[i64], &[i64])]) -> IoTensor {
-        IoTensor::for_tests(name, dtype, d(shape), profiles.iter().map(|(lo, hi)| Range { min: d(lo), opt: d(lo), max: d(hi) }).collect())
+        IoTensor::for_tests(
+            name,
+            dtype,
+            d(shape),
+            profiles
+                .iter()
+                .map(|(lo, hi)| Range {
+                    min: d(lo),
+                    opt: d(lo),
+                    max: d(hi),
+                })
+                .collect(),
+        )
     }
 
     fn view(dtype: DType, dims: &[i64], strides: Option<&[i64]>, place: Place) -> TensorView {
         TensorView::new(0x1000, dtype, d(dims), strides.map(d), place)
     }
 
-    const STRICT: Policy = Policy { strided: OnStrided::Error, dtype: OnDtype::Error, host: HostMode::Auto };
-    const LENIENT: Policy = Policy { strided: OnStrided::Copy, dtype: OnDtype::Cast, host: HostMode::Auto };
+    const STRICT: Policy = Policy {
+        strided: OnStrided::Error,
+        dtype: OnDtype::Error,
+        host: HostMode::Auto,
+    };
+    const LENIENT: Policy = Policy {
+        strided: OnStrided::Copy,
+        dtype: OnDtype::Cast,
+        host: HostMode::Auto,
+    };
 
     #[test]
     fn needs() {
@@ -327,12 +376,40 @@ mod tests {
         assert_eq!(need(&x, &half, 0, &STRICT).unwrap_err().kind(), Kind::DType);
         assert_eq!(need(&x, &half, 0, &LENIENT).unwrap(), Need::Pack);
         // A cast of a packed tensor is not a strided copy: on_strided does not matter.
-        assert_eq!(need(&x, &half, 0, &Policy { strided: OnStrided::Error, ..LENIENT }).unwrap(), Need::Pack);
-        assert_eq!(need(&x, &view(DType::Fp8, &[2, 4], None, gpu), 0, &LENIENT).unwrap_err().kind(), Kind::DType);
-        assert_eq!(need(&x, &plain, 1, &LENIENT).unwrap_err().kind(), Kind::Device);
-        assert_eq!(need(&x, &view(DType::F32, &[2, 4], None, Place::Host), 0, &STRICT).unwrap(), Need::Host);
         assert_eq!(
-            need(&x, &view(DType::F32, &[2, 4], None, Place::Host), 0, &Policy { host: HostMode::Error, ..STRICT }).unwrap_err().kind(),
+            need(
+                &x,
+                &half,
+                0,
+                &Policy {
+                    strided: OnStrided::Error,
+                    ..LENIENT
+                }
+            )
+            .unwrap(),
+            Need::Pack
+        );
+        assert_eq!(
+            need(&x, &view(DType::Fp8, &[2, 4], None, gpu), 0, &LENIENT).unwrap_err().kind(),
+            Kind::DType
+        );
+        assert_eq!(need(&x, &plain, 1, &LENIENT).unwrap_err().kind(), Kind::Device);
+        assert_eq!(
+            need(&x, &view(DType::F32, &[2, 4], None, Place::Host), 0, &STRICT).unwrap(),
+            Need::Host
+        );
+        assert_eq!(
+            need(
+                &x,
+                &view(DType::F32, &[2, 4], None, Place::Host),
+                0,
+                &Policy {
+                    host: HostMode::Error,
+                    ..STRICT
+                }
+            )
+            .unwrap_err()
+            .kind(),
             Kind::Device
         );
         let misaligned = TensorView { ptr: 0x1010, ..plain };
@@ -340,7 +417,11 @@ mod tests {
         assert_eq!(need(&x, &misaligned, 0, &LENIENT).unwrap(), Need::Pack);
         let null = TensorView { ptr: 0, ..plain };
         assert_eq!(need(&x, &null, 0, &LENIENT).unwrap_err().kind(), Kind::Layout);
-        let empty = TensorView { ptr: 0, dims: d(&[0, 4]), ..plain };
+        let empty = TensorView {
+            ptr: 0,
+            dims: d(&[0, 4]),
+            ..plain
+        };
         assert_eq!(need(&x, &empty, 0, &STRICT).unwrap(), Need::Bind);
     }
 
@@ -353,10 +434,23 @@ mod tests {
         assert_eq!(choose(&[9, 4], &[1], ProfileChoice::Auto).unwrap(), 1);
         let e = choose(&[65, 4], &[1], ProfileChoice::Auto).unwrap_err();
         assert_eq!(e.kind(), Kind::Shape);
-        assert!(e.message().contains("input 'x': found [65, 4]; allowed: [1..8, 4] in profile 0, [9..64, 4] in profile 1"), "{e}");
-        assert!(choose(&[9, 4], &[3], ProfileChoice::Auto).unwrap_err().message().contains("input 'y'"));
-        assert!(choose(&[9, 4], &[1], ProfileChoice::Fixed(0)).unwrap_err().message().contains("[1..8, 4] in profile 0"));
-        assert!(choose(&[9], &[1], ProfileChoice::Auto).unwrap_err().message().contains("1 dimension(s)"));
+        assert!(
+            e.message()
+                .contains("input 'x': found [65, 4]; allowed: [1..8, 4] in profile 0, [9..64, 4] in profile 1"),
+            "{e}"
+        );
+        assert!(choose(&[9, 4], &[3], ProfileChoice::Auto)
+            .unwrap_err()
+            .message()
+            .contains("input 'y'"));
+        assert!(choose(&[9, 4], &[1], ProfileChoice::Fixed(0))
+            .unwrap_err()
+            .message()
+            .contains("[1..8, 4] in profile 0"));
+        assert!(choose(&[9], &[1], ProfileChoice::Auto)
+            .unwrap_err()
+            .message()
+            .contains("1 dimension(s)"));
     }
 
     proptest! {

@@ -53,7 +53,10 @@ impl Buffer {
             Where::Device => Memory::Device(DeviceBuffer::new(device, bytes, what)?),
             Where::Host => Memory::Host(PinnedBuffer::new(device, bytes, what)?),
         };
-        let buffer = Arc::new(Buffer { memory, announced: Mutex::new(Vec::new()) });
+        let buffer = Arc::new(Buffer {
+            memory,
+            announced: Mutex::new(Vec::new()),
+        });
         locked(&LIVE).insert(buffer.ptr(), Arc::downgrade(&buffer));
         Ok(buffer)
     }
@@ -99,11 +102,17 @@ impl Drop for Buffer {
 /// Says that a stream which the engine has not seen uses the tensor at `ptr`: its buffer is not written again before that
 /// stream has passed the point where the tensor is dropped.
 pub fn record_stream(ptr: u64, stream: u64) -> Result<()> {
-    let found = locked(&LIVE).range(..=ptr).next_back().and_then(|(_, b)| b.upgrade()).filter(|b| ptr < b.ptr() + b.bytes());
+    let found = locked(&LIVE)
+        .range(..=ptr)
+        .next_back()
+        .and_then(|(_, b)| b.upgrade())
+        .filter(|b| ptr < b.ptr() + b.bytes());
     let Some(buffer) = found else {
         return Err(Error::new(
             Kind::Argument,
-            format!("record_stream: address {ptr:#x} is no output of a jetrt engine. Pass a tensor that an engine returned (or a view of one)."),
+            format!(
+                "record_stream: address {ptr:#x} is no output of a jetrt engine. Pass a tensor that an engine returned (or a view of one)."
+            ),
         ));
     };
     let mut announced = locked(&buffer.announced);
@@ -134,7 +143,11 @@ const KEEP_FREE: usize = 32;
 impl Pool {
     pub fn new(device: &'static Device, seen: Arc<Seen>, outputs: usize) -> Arc<Pool> {
         let lists = (0..outputs).map(|_| Default::default()).collect();
-        Arc::new(Pool { device, seen, free: Mutex::new(Free { lists, closed: false }) })
+        Arc::new(Pool {
+            device,
+            seen,
+            free: Mutex::new(Free { lists, closed: false }),
+        })
     }
 
     /// A buffer of at least `bytes` for output number `output`, safe to be written by work enqueued on `stream` from now on.
@@ -184,7 +197,11 @@ impl Pool {
     }
 
     fn lend(self: &Arc<Pool>, output: usize, buffer: Arc<Buffer>) -> Arc<Lease> {
-        Arc::new(Lease { buffer: Some(buffer), output, pool: Arc::clone(self) })
+        Arc::new(Lease {
+            buffer: Some(buffer),
+            output,
+            pool: Arc::clone(self),
+        })
     }
 
     fn give_back(&self, output: usize, buffer: Arc<Buffer>) {
@@ -205,7 +222,10 @@ impl Pool {
         let lists = {
             let mut free = locked(&self.free);
             free.closed = true;
-            free.lists.iter_mut().flat_map(|l| l.iter_mut().flat_map(std::mem::take)).collect::<Vec<_>>()
+            free.lists
+                .iter_mut()
+                .flat_map(|l| l.iter_mut().flat_map(std::mem::take))
+                .collect::<Vec<_>>()
         };
         drop(lists);
     }

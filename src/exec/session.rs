@@ -32,7 +32,13 @@ pub struct Staging {
     in_flight: bool,
 }
 
-fn grown<'a, B>(slot: &'a mut Option<B>, bytes: u64, size: impl Fn(&B) -> u64, make: impl FnOnce(u64) -> Result<B>, stats: &Stats) -> Result<&'a B> {
+fn grown<'a, B>(
+    slot: &'a mut Option<B>,
+    bytes: u64,
+    size: impl Fn(&B) -> u64,
+    make: impl FnOnce(u64) -> Result<B>,
+    stats: &Stats,
+) -> Result<&'a B> {
     if slot.as_ref().is_none_or(|b| size(b) < bytes) {
         // The old one first: on a small device both may not fit.
         *slot = None;
@@ -46,12 +52,26 @@ impl Staging {
     /// The device buffer that a packed input of that size is written to.
     pub fn packed(&mut self, device: &'static Device, bytes: u64, name: &str, stats: &Stats) -> Result<u64> {
         let what = format!("staging buffer of input '{name}'");
-        grown(&mut self.packed, bytes, DeviceBuffer::bytes, |n| DeviceBuffer::new(device, n, &what), stats).map(DeviceBuffer::ptr)
+        grown(
+            &mut self.packed,
+            bytes,
+            DeviceBuffer::bytes,
+            |n| DeviceBuffer::new(device, n, &what),
+            stats,
+        )
+        .map(DeviceBuffer::ptr)
     }
 
     fn raw(&mut self, device: &'static Device, bytes: u64, name: &str, stats: &Stats) -> Result<u64> {
         let what = format!("staging buffer of input '{name}'");
-        grown(&mut self.raw, bytes, DeviceBuffer::bytes, |n| DeviceBuffer::new(device, n, &what), stats).map(DeviceBuffer::ptr)
+        grown(
+            &mut self.raw,
+            bytes,
+            DeviceBuffer::bytes,
+            |n| DeviceBuffer::new(device, n, &what),
+            stats,
+        )
+        .map(DeviceBuffer::ptr)
     }
 
     /// Page-locked memory for that many bytes: (host address, device address). Waits only while earlier work still reads it.
@@ -66,7 +86,14 @@ impl Staging {
             self.in_flight = false;
         }
         let what = format!("page-locked staging buffer of input '{name}'");
-        grown(&mut self.pinned, bytes, PinnedBuffer::bytes, |n| PinnedBuffer::new(device, n, &what), stats).map(|b| (b.host(), b.ptr()))
+        grown(
+            &mut self.pinned,
+            bytes,
+            PinnedBuffer::bytes,
+            |n| PinnedBuffer::new(device, n, &what),
+            stats,
+        )
+        .map(|b| (b.host(), b.ptr()))
     }
 
     /// Marks the page-locked memory as being read by the work enqueued on `stream` so far.
@@ -84,7 +111,9 @@ impl Staging {
 
 /// Copies a host view into packed memory.
 pub fn copy_packed(dst: u64, v: &TensorView) {
-    let (Some(bytes), Some(size)) = (v.bytes(), v.dtype.size()) else { return };
+    let (Some(bytes), Some(size)) = (v.bytes(), v.dtype.size()) else {
+        return;
+    };
     if v.contiguous {
         return copy_on_host(dst, v.ptr, bytes);
     }
@@ -163,7 +192,14 @@ impl Session {
     /// Scratch device memory for output `tensor`.
     pub fn scratch(&mut self, tensor: usize, bytes: u64, device: &'static Device, name: &str, stats: &Stats) -> Result<u64> {
         let what = format!("output '{name}'");
-        grown(&mut self.scratch[tensor], bytes, DeviceBuffer::bytes, |n| DeviceBuffer::new(device, n, &what), stats).map(DeviceBuffer::ptr)
+        grown(
+            &mut self.scratch[tensor],
+            bytes,
+            DeviceBuffer::bytes,
+            |n| DeviceBuffer::new(device, n, &what),
+            stats,
+        )
+        .map(DeviceBuffer::ptr)
     }
 
     /// Enqueues what brings a host array to where the GPU reads it: the address to bind, or the packed view that a kernel
@@ -181,7 +217,12 @@ impl Session {
         stats: &Stats,
     ) -> Result<TensorView> {
         let bytes = v.bytes().unwrap_or(0);
-        let packed = TensorView { contiguous: true, strides: Dims::default(), place: Place::Device(device.ordinal), ..*v };
+        let packed = TensorView {
+            contiguous: true,
+            strides: Dims::default(),
+            place: Place::Device(device.ordinal),
+            ..*v
+        };
         let staging = &mut self.staging[tensor];
         if let HostPath::InPlace(ptr) = path {
             return Ok(TensorView { ptr, ..packed });
@@ -197,7 +238,11 @@ impl Session {
         if path == HostPath::Mapped {
             return Ok(TensorView { ptr: mapped, ..packed });
         }
-        let dst = if cast { staging.raw(device, bytes, name, stats)? } else { staging.packed(device, bytes, name, stats)? };
+        let dst = if cast {
+            staging.raw(device, bytes, name, stats)?
+        } else {
+            staging.packed(device, bytes, name, stats)?
+        };
         copy_to_device(dst, host, bytes, stream)?;
         Stats::add(&stats.host_to_device_bytes, bytes);
         if path == HostPath::Staged {
@@ -233,7 +278,11 @@ struct Inner {
 
 impl Sessions {
     pub fn new(max: usize) -> Sessions {
-        Sessions { inner: Mutex::new(Inner::default()), returned: Condvar::new(), max }
+        Sessions {
+            inner: Mutex::new(Inner::default()),
+            returned: Condvar::new(),
+            max,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -256,14 +305,24 @@ impl Sessions {
             }
             if !inner.free.is_empty() {
                 let last = inner.free.len() - 1;
-                let i = if last == 0 { 0 } else { inner.free.iter().rposition(|s| s.last_stream == stream).unwrap_or(last) };
-                return Ok(Guard { session: Some(inner.free.swap_remove(i)), pool: self });
+                let i = if last == 0 {
+                    0
+                } else {
+                    inner.free.iter().rposition(|s| s.last_stream == stream).unwrap_or(last)
+                };
+                return Ok(Guard {
+                    session: Some(inner.free.swap_remove(i)),
+                    pool: self,
+                });
             }
             if inner.made < self.max {
                 inner.made += 1;
                 drop(inner);
                 return match make() {
-                    Ok(s) => Ok(Guard { session: Some(s), pool: self }),
+                    Ok(s) => Ok(Guard {
+                        session: Some(s),
+                        pool: self,
+                    }),
                     Err(e) => {
                         self.lock().made -= 1;
                         self.returned.notify_all();

@@ -31,7 +31,10 @@ impl std::fmt::Debug for Inner {
 
 impl Seen {
     pub fn new(device: &'static Device) -> Seen {
-        Seen { device, inner: Mutex::new(Inner::default()) }
+        Seen {
+            device,
+            inner: Mutex::new(Inner::default()),
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {

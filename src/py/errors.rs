@@ -77,36 +77,3 @@ pub fn brief(py: Python<'_>, e: &PyErr) -> String {
         _ => class,
     }
 }
-
-/// A Python exception as an [`Error`], for code that knows no Python. An exception of jetrt's own keeps its kind.
-#[cold]
-pub fn from_py(py: Python<'_>, e: &PyErr) -> Error {
-    const OURS: [Kind; 16] = [
-        Kind::LibraryNotFound,
-        Kind::UnsupportedVersion,
-        Kind::Deserialize,
-        Kind::Plan,
-        Kind::Inference,
-        Kind::Shape,
-        Kind::DType,
-        Kind::Layout,
-        Kind::Device,
-        Kind::InputName,
-        Kind::Grad,
-        Kind::ContextTimeout,
-        Kind::Closed,
-        Kind::GraphCapture,
-        Kind::OutOfMemory,
-        Kind::Cuda,
-    ];
-    let ty: Bound<'_, PyType> = e.get_type(py);
-    let ours = ty.module().is_ok_and(|m| m == "jetrt.errors");
-    let kind = match ty.name() {
-        Ok(name) if ours => OURS.into_iter().find(|k| name == k.class()),
-        _ => None,
-    };
-    match kind {
-        Some(kind) => Error::new(kind, e.value(py).str().map(|s| s.to_string()).unwrap_or_default()),
-        None => Error::new(Kind::Inference, brief(py, e)),
-    }
-}

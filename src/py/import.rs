@@ -287,7 +287,7 @@ fn torch_attributes(obj: &Bound<'_, PyAny>, name: &str) -> PyResult<Imported> {
     };
     let (ptr, dims, strides) = match memory() {
         Ok(m) => m,
-        Err(e) if e.is_exact_instance_of::<PyRuntimeError>(py) => return Err(refused(py, name, e)),
+        Err(e) if e.get_type(py).is(py.get_type::<PyRuntimeError>()) => return Err(refused(py, name, e)),
         Err(e) => return Err(e),
     };
     let place = if obj.getattr(intern!(py, "is_cuda"))?.is_truthy()? && torch_has_cuda(py)? {

@@ -34,7 +34,10 @@ unsafe impl Sync for OutputAllocator {}
 /// SAFETY: `this` must be the address of a live OutputAllocator; TensorRT passes what `set_output_allocator` gave it.
 unsafe fn state<'a>(this: *mut c_void) -> std::sync::MutexGuard<'a, State> {
     // SAFETY: the caller's.
-    unsafe { &*this.cast::<OutputAllocator>() }.state.lock().unwrap_or_else(|e| e.into_inner())
+    unsafe { &*this.cast::<OutputAllocator>() }
+        .state
+        .lock()
+        .unwrap_or_else(|e| e.into_inner())
 }
 
 extern "C" fn reallocate(this: *mut c_void, _name: *const c_char, _current: *mut c_void, size: u64, _alignment: u64) -> *mut c_void {
@@ -54,7 +57,14 @@ extern "C" fn reallocate(this: *mut c_void, _name: *const c_char, _current: *mut
     .unwrap_or(std::ptr::null_mut())
 }
 
-extern "C" fn reallocate_async(this: *mut c_void, name: *const c_char, current: *mut c_void, size: u64, alignment: u64, _stream: *mut c_void) -> *mut c_void {
+extern "C" fn reallocate_async(
+    this: *mut c_void,
+    name: *const c_char,
+    current: *mut c_void,
+    size: u64,
+    alignment: u64,
+    _stream: *mut c_void,
+) -> *mut c_void {
     reallocate(this, name, current, size, alignment)
 }
 
@@ -68,7 +78,11 @@ extern "C" fn notify_shape(this: *mut c_void, _name: *const c_char, dims: *const
 }
 
 extern "C" fn info(_this: *mut c_void) -> InterfaceInfo {
-    InterfaceInfo { kind: abi::KIND.as_ptr(), major: abi::INTERFACE_MAJOR, minor: abi::INTERFACE_MINOR }
+    InterfaceInfo {
+        kind: abi::KIND.as_ptr(),
+        major: abi::INTERFACE_MAJOR,
+        minor: abi::INTERFACE_MINOR,
+    }
 }
 
 struct Table(*const *const c_void);
@@ -89,7 +103,14 @@ impl OutputAllocator {
             t.set(lib, &abi::NOTIFY_SHAPE, notify_shape as *const c_void);
             Table(t.leak())
         });
-        Box::new(OutputAllocator { vptr: table.0, state: Mutex::new(State { grow: None, shape: None, error: None }) })
+        Box::new(OutputAllocator {
+            vptr: table.0,
+            state: Mutex::new(State {
+                grow: None,
+                shape: None,
+                error: None,
+            }),
+        })
     }
 
     pub fn public(&self) -> *mut c_void {
@@ -98,7 +119,11 @@ impl OutputAllocator {
 
     /// Before an enqueue: how to get memory for this call.
     pub fn arm(&self, grow: Grow) {
-        *self.lock() = State { grow: Some(grow), shape: None, error: None };
+        *self.lock() = State {
+            grow: Some(grow),
+            shape: None,
+            error: None,
+        };
     }
 
     /// After an enqueue: the shape that TensorRT told, or the error of the allocation that failed.

@@ -45,7 +45,17 @@ impl Context {
                 object.method::<Enqueue>(engine.lib, &slot::ENQUEUE_V3)?,
             )
         };
-        Ok(Context { object, set_address, set_shape, enqueue, profile: 0, shapes: vec![None; n], addresses: vec![0; n], allocators: Vec::new(), engine })
+        Ok(Context {
+            object,
+            set_address,
+            set_shape,
+            enqueue,
+            profile: 0,
+            shapes: vec![None; n],
+            addresses: vec![0; n],
+            allocators: Vec::new(),
+            engine,
+        })
     }
 
     pub fn engine(&self) -> &Arc<Engine> {
@@ -126,29 +136,63 @@ impl Context {
         let mut missing: Vec<*const c_char> = vec![std::ptr::null(); self.engine.io.len()];
         // SAFETY: VExecutionContext::inferShapes(int32_t, const char**); the array has room for that many names.
         let n = unsafe {
-            call!(self.engine.lib, self.object, slot::INFER_SHAPES, fn(i32, *mut *const c_char) -> i32, missing.len() as i32, missing.as_mut_ptr())
+            call!(
+                self.engine.lib,
+                self.object,
+                slot::INFER_SHAPES,
+                fn(i32, *mut *const c_char) -> i32,
+                missing.len() as i32,
+                missing.as_mut_ptr()
+            )
         }?;
         if n == 0 {
             return Ok(());
         }
         // SAFETY: TensorRT wrote up to n names that live as long as the engine.
-        let names: Vec<String> = missing.iter().filter(|p| !p.is_null()).map(|&p| unsafe { super::object::text(p) }).collect();
-        Err(refused(format!("TensorRT could not infer the output shapes; not specified or invalid: {}", if names.is_empty() { "unknown".into() } else { names.join(", ") }), mark))
+        let names: Vec<String> = missing
+            .iter()
+            .filter(|p| !p.is_null())
+            .map(|&p| unsafe { super::object::text(p) })
+            .collect();
+        Err(refused(
+            format!(
+                "TensorRT could not infer the output shapes; not specified or invalid: {}",
+                if names.is_empty() { "unknown".into() } else { names.join(", ") }
+            ),
+            mark,
+        ))
     }
 
     /// A tensor's shape with the input shapes that are set; -1 where only the data decide.
     pub fn shape(&self, tensor: usize) -> Result<Dims> {
         let io = &self.engine.io[tensor];
         // SAFETY: VExecutionContext::getTensorShape(const char*) returns Dims by value.
-        let raw = unsafe { call!(self.engine.lib, self.object, slot::GET_TENSOR_SHAPE, fn(*const c_char) -> RawDims, io.c_name().as_ptr()) }?;
-        raw.dims().ok_or_else(|| Error::new(Kind::Inference, format!("tensor '{}': TensorRT gives no shape", io.name)))
+        let raw = unsafe {
+            call!(
+                self.engine.lib,
+                self.object,
+                slot::GET_TENSOR_SHAPE,
+                fn(*const c_char) -> RawDims,
+                io.c_name().as_ptr()
+            )
+        }?;
+        raw.dims()
+            .ok_or_else(|| Error::new(Kind::Inference, format!("tensor '{}': TensorRT gives no shape", io.name)))
     }
 
     /// The most bytes that an output can have with the shapes that are set.
     pub fn max_output_bytes(&self, tensor: usize) -> Result<u64> {
         let io = &self.engine.io[tensor];
         // SAFETY: VExecutionContext::getMaxOutputSize(const char*) returns int64_t, -1 on error.
-        let n = unsafe { call!(self.engine.lib, self.object, slot::GET_MAX_OUTPUT_SIZE, fn(*const c_char) -> i64, io.c_name().as_ptr()) }?;
+        let n = unsafe {
+            call!(
+                self.engine.lib,
+                self.object,
+                slot::GET_MAX_OUTPUT_SIZE,
+                fn(*const c_char) -> i64,
+                io.c_name().as_ptr()
+            )
+        }?;
         u64::try_from(n).map_err(|_| Error::new(Kind::Inference, format!("output '{}': TensorRT gives no maximum size", io.name)))
     }
 
@@ -162,7 +206,14 @@ impl Context {
         let mark = crate::log::TENSORRT.mark();
         // SAFETY: VExecutionContext::setOutputAllocator(const char*, IOutputAllocator*); the box lives as long as the context.
         let ok = unsafe {
-            call!(self.engine.lib, self.object, slot::SET_OUTPUT_ALLOCATOR, fn(*const c_char, *mut c_void) -> bool, io.c_name().as_ptr(), allocator.public())
+            call!(
+                self.engine.lib,
+                self.object,
+                slot::SET_OUTPUT_ALLOCATOR,
+                fn(*const c_char, *mut c_void) -> bool,
+                io.c_name().as_ptr(),
+                allocator.public()
+            )
         }?;
         if !ok {
             return Err(refused(format!("output '{}': TensorRT refused an output allocator", io.name), mark));
@@ -179,9 +230,22 @@ impl Context {
         // this context keeps the memory alive.
         unsafe {
             if lib.has(&slot::SET_DEVICE_MEMORY_V2) {
-                call!(lib, self.object, slot::SET_DEVICE_MEMORY_V2, fn(*mut c_void, i64) -> (), address as *mut c_void, bytes as i64)
+                call!(
+                    lib,
+                    self.object,
+                    slot::SET_DEVICE_MEMORY_V2,
+                    fn(*mut c_void, i64) -> (),
+                    address as *mut c_void,
+                    bytes as i64
+                )
             } else {
-                call!(lib, self.object, slot::SET_DEVICE_MEMORY, fn(*mut c_void) -> (), address as *mut c_void)
+                call!(
+                    lib,
+                    self.object,
+                    slot::SET_DEVICE_MEMORY,
+                    fn(*mut c_void) -> (),
+                    address as *mut c_void
+                )
             }
         }
     }
@@ -198,6 +262,7 @@ impl Context {
 
     /// The typed error of a failed enqueue or context: with TensorRT's lines since the mark.
     pub fn explain(&self, e: Error, mark: u64) -> Error {
-        self.engine.maybe_out_of_memory(e.with_log(crate::log::TENSORRT.since(mark)), self.engine.device_memory)
+        self.engine
+            .maybe_out_of_memory(e.with_log(crate::log::TENSORRT.since(mark)), self.engine.device_memory)
     }
 }

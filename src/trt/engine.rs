@@ -1,6 +1,8 @@
 //! An engine: loading a plan, and the table of its inputs and outputs, read once.
 
-use super::abi::{self, allocation_strategy, engine as slot, opt_profile_selector, runtime as runtime_slot, tensor_io_mode, tensor_location};
+use super::abi::{
+    self, allocation_strategy, engine as slot, opt_profile_selector, runtime as runtime_slot, tensor_io_mode, tensor_location,
+};
 use super::library::Library;
 use super::object::{call, refused, text, Object, RawDims};
 use super::plan::PlanFile;
@@ -40,7 +42,17 @@ impl IoTensor {
     #[cfg(test)]
     pub fn for_tests(name: &str, dtype: DType, shape: Dims, profiles: Vec<Range>) -> IoTensor {
         let c_name = CString::new(name).unwrap();
-        IoTensor { name: name.into(), c_name, input: true, dtype, shape, host: false, linear: true, format: "Row major linear".into(), profiles }
+        IoTensor {
+            name: name.into(),
+            c_name,
+            input: true,
+            dtype,
+            shape,
+            host: false,
+            linear: true,
+            format: "Row major linear".into(),
+            profiles,
+        }
     }
 }
 
@@ -160,7 +172,10 @@ impl Engine {
             for i in 0..n {
                 let name = call!(lib, o, slot::GET_IO_TENSOR_NAME, fn(i32) -> *const c_char, i)?;
                 if name.is_null() {
-                    return Err(Error::new(Kind::Deserialize, format!("TensorRT gives no name for tensor {i} of {n}")));
+                    return Err(Error::new(
+                        Kind::Deserialize,
+                        format!("TensorRT gives no name for tensor {i} of {n}"),
+                    ));
                 }
                 io.push(self.read_tensor(CStr::from_ptr(name).to_owned())?);
             }
@@ -191,24 +206,64 @@ impl Engine {
             let mut profiles = Vec::new();
             for profile in 0..if input { self.profiles } else { 0 } {
                 let get = |which: i32| -> Result<Dims> {
-                    let d = call!(lib, o, slot::GET_PROFILE_SHAPE, fn(*const c_char, i32, i32) -> RawDims, p, profile as i32, which)?;
+                    let d = call!(
+                        lib,
+                        o,
+                        slot::GET_PROFILE_SHAPE,
+                        fn(*const c_char, i32, i32) -> RawDims,
+                        p,
+                        profile as i32,
+                        which
+                    )?;
                     d.dims().ok_or_else(|| unreadable(&format!("no shape for profile {profile}")))
                 };
-                profiles.push(Range { min: get(opt_profile_selector::MIN)?, opt: get(opt_profile_selector::OPT)?, max: get(opt_profile_selector::MAX)? });
+                profiles.push(Range {
+                    min: get(opt_profile_selector::MIN)?,
+                    opt: get(opt_profile_selector::OPT)?,
+                    max: get(opt_profile_selector::MAX)?,
+                });
             }
-            Ok(IoTensor { name, c_name: c_name.clone(), input, dtype, shape, host, linear: format == abi::tensor_format::LINEAR, format: description, profiles })
+            Ok(IoTensor {
+                name,
+                c_name: c_name.clone(),
+                input,
+                dtype,
+                shape,
+                host,
+                linear: format == abi::tensor_format::LINEAR,
+                format: description,
+                profiles,
+            })
         }
     }
 
     /// A new execution context; with `own_memory` false its scratch memory is set later, by the user's.
     pub fn create_context(self: &Arc<Self>, own_memory: bool) -> Result<Context> {
-        let strategy = if own_memory { allocation_strategy::STATIC } else { allocation_strategy::USER_MANAGED };
+        let strategy = if own_memory {
+            allocation_strategy::STATIC
+        } else {
+            allocation_strategy::USER_MANAGED
+        };
         let mark = crate::log::TENSORRT.mark();
         let _entered = self.device.enter()?;
         // SAFETY: VCudaEngine::createExecutionContext(ExecutionContextAllocationStrategy), an int enum.
-        let made = unsafe { call!(self.lib, self.object, slot::CREATE_EXECUTION_CONTEXT, fn(i32) -> *mut c_void, strategy) }?;
+        let made = unsafe {
+            call!(
+                self.lib,
+                self.object,
+                slot::CREATE_EXECUTION_CONTEXT,
+                fn(i32) -> *mut c_void,
+                strategy
+            )
+        }?;
         let object = Object::new(made).ok_or_else(|| {
-            let e = refused(format!("{}: TensorRT could not create an execution context ({} bytes of device memory)", self.name, self.device_memory), mark);
+            let e = refused(
+                format!(
+                    "{}: TensorRT could not create an execution context ({} bytes of device memory)",
+                    self.name, self.device_memory
+                ),
+                mark,
+            );
             self.maybe_out_of_memory(e, self.device_memory)
         })?;
         Context::new(object, Arc::clone(self))
@@ -221,10 +276,16 @@ impl Engine {
             return e;
         }
         let (free, total) = self.device.memory().unwrap_or((0, 0));
-        Error::new(Kind::OutOfMemory, format!("{m}\n{free} bytes free of {total} on cuda:{}. Free device memory or use fewer contexts.", self.device.ordinal))
-            .with("requested", requested)
-            .with("free", free)
-            .with("total", total)
+        Error::new(
+            Kind::OutOfMemory,
+            format!(
+                "{m}\n{free} bytes free of {total} on cuda:{}. Free device memory or use fewer contexts.",
+                self.device.ordinal
+            ),
+        )
+        .with("requested", requested)
+        .with("free", free)
+        .with("total", total)
     }
 }
 
@@ -279,10 +340,20 @@ fn not_deserialised(plan: &PlanFile, lib: &Library, lines: Vec<String>) -> Error
     } else {
         "The file is damaged, or TensorRT's log lines below say why."
     };
-    let kind = if says("could not be allocated") || says("out of memory") { Kind::OutOfMemory } else { Kind::Deserialize };
-    Error::new(kind, format!("{path}: TensorRT {} could not deserialise this plan (built by TensorRT {}). {next}", lib.version, plan.header.version))
-        .with("path", path.to_string())
-        .with_log(lines)
+    let kind = if says("could not be allocated") || says("out of memory") {
+        Kind::OutOfMemory
+    } else {
+        Kind::Deserialize
+    };
+    Error::new(
+        kind,
+        format!(
+            "{path}: TensorRT {} could not deserialise this plan (built by TensorRT {}). {next}",
+            lib.version, plan.header.version
+        ),
+    )
+    .with("path", path.to_string())
+    .with_log(lines)
 }
 
 /// Runs `work` and samples how much unreclaimable memory the process has above its start.
@@ -308,7 +379,12 @@ fn with_memory_peak<T>(work: impl FnOnce() -> T) -> (T, u64) {
 fn unreclaimable() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let field = |name: &str| -> u64 {
-        status.lines().find_map(|l| l.strip_prefix(name)).and_then(|v| v.trim().trim_end_matches("kB").trim().parse().ok()).unwrap_or(0) * 1024
+        status
+            .lines()
+            .find_map(|l| l.strip_prefix(name))
+            .and_then(|v| v.trim().trim_end_matches("kB").trim().parse().ok())
+            .unwrap_or(0)
+            * 1024
     };
     field("RssAnon:") + field("RssShmem:")
 }

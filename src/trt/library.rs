@@ -34,7 +34,12 @@ impl Version {
     pub fn from_number(v: i32) -> Version {
         let v = v.max(0) as u32;
         let scale = if v < 10_000 { 1_000 } else { 10_000 };
-        Version { major: v / scale, minor: v % scale / 100, patch: v % 100, build: 0 }
+        Version {
+            major: v / scale,
+            minor: v % scale / 100,
+            patch: v % 100,
+            build: 0,
+        }
     }
 
     /// Slot tables exist for 10.x and 11.x; within a major, tables only grow at the end.
@@ -44,7 +49,8 @@ impl Version {
 }
 
 const SUPPORTED: &str = "TensorRT 10.0 to 10.16 and 11.x";
-const JETPACKS: &str = "JetPack 6.1 and 6.2 have 10.3, JetPack 7.0 and 7.1 have 10.13, JetPack 7.2 has 10.16; JetPack 6.0 has 8.6, JetPack 5 has 8.5";
+const JETPACKS: &str =
+    "JetPack 6.1 and 6.2 have 10.3, JetPack 7.0 and 7.1 have 10.13, JetPack 7.2 has 10.16; JetPack 6.0 has 8.6, JetPack 5 has 8.5";
 
 /// `libnvinfer`, opened for the life of the process.
 pub struct Library {
@@ -104,7 +110,11 @@ fn in_folder(folder: &Path, majors: &[u32]) -> Vec<PathBuf> {
             .flatten()
             .flatten()
             .map(|e| e.path())
-            .filter(|p| p.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with(&format!("{exact}."))))
+            .filter(|p| {
+                p.file_name()
+                    .and_then(|n| n.to_str())
+                    .is_some_and(|n| n.starts_with(&format!("{exact}.")))
+            })
             .collect();
         longer.sort();
         out.extend(longer.pop());
@@ -115,10 +125,12 @@ fn in_folder(folder: &Path, majors: &[u32]) -> Vec<PathBuf> {
 /// A library that the process has already: loading a second copy would give two TensorRTs that do not know each other.
 fn loaded_already() -> Option<PathBuf> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
-    maps.lines().filter_map(|l| l.split_once('/').map(|(_, p)| PathBuf::from(format!("/{p}")))).find(|p| {
-        let name = p.file_name().and_then(|n| n.to_str()).unwrap_or("");
-        name == "libnvinfer.so" || name.starts_with("libnvinfer.so.")
-    })
+    maps.lines()
+        .filter_map(|l| l.split_once('/').map(|(_, p)| PathBuf::from(format!("/{p}"))))
+        .find(|p| {
+            let name = p.file_name().and_then(|n| n.to_str()).unwrap_or("");
+            name == "libnvinfer.so" || name.starts_with("libnvinfer.so.")
+        })
 }
 
 #[cold]
@@ -128,7 +140,11 @@ fn open(extra: &[PathBuf], plan: Option<PlanVersion>) -> Result<Library> {
     if let Some(path) = std::env::var_os("JETRT_TENSORRT_PATH").filter(|p| !p.is_empty()) {
         // Said explicitly: this and nothing else.
         let path = PathBuf::from(path);
-        let candidates = if path.is_dir() { in_folder(&path, &majors) } else { vec![path.clone()] };
+        let candidates = if path.is_dir() {
+            in_folder(&path, &majors)
+        } else {
+            vec![path.clone()]
+        };
         for c in &candidates {
             match try_open(c, "JETRT_TENSORRT_PATH") {
                 Ok(l) => return checked(l),
@@ -136,16 +152,26 @@ fn open(extra: &[PathBuf], plan: Option<PlanVersion>) -> Result<Library> {
             }
         }
         if candidates.is_empty() {
-            tried.push(format!("{}: no libnvinfer.so.10 or libnvinfer.so.11 in this folder", path.display()));
+            tried.push(format!(
+                "{}: no libnvinfer.so.10 or libnvinfer.so.11 in this folder",
+                path.display()
+            ));
         }
-        return Err(not_found(tried, "JETRT_TENSORRT_PATH is set, so nothing else was searched: correct it or unset it."));
+        return Err(not_found(
+            tried,
+            "JETRT_TENSORRT_PATH is set, so nothing else was searched: correct it or unset it.",
+        ));
     }
     let mut steps: Vec<(PathBuf, &'static str)> = Vec::new();
     steps.extend(loaded_already().map(|p| (p, "loaded already")));
     for folder in extra {
         steps.extend(in_folder(folder, &majors).into_iter().map(|p| (p, "pip package")));
     }
-    steps.extend(majors.iter().map(|m| (PathBuf::from(format!("libnvinfer.so.{m}")), "system loader")));
+    steps.extend(
+        majors
+            .iter()
+            .map(|m| (PathBuf::from(format!("libnvinfer.so.{m}")), "system loader")),
+    );
     for folder in FOLDERS {
         steps.extend(in_folder(Path::new(folder), &majors).into_iter().map(|p| (p, "system folder")));
     }
@@ -169,9 +195,12 @@ fn open(extra: &[PathBuf], plan: Option<PlanVersion>) -> Result<Library> {
 }
 
 fn not_found(tried: Vec<String>, next: &str) -> Error {
-    Error::new(Kind::LibraryNotFound, format!("libnvinfer (TensorRT) cannot be opened; tried:\n  {}\n{next}", tried.join("\n  ")))
-        .with("library", "libnvinfer.so.10")
-        .with("searched", tried)
+    Error::new(
+        Kind::LibraryNotFound,
+        format!("libnvinfer (TensorRT) cannot be opened; tried:\n  {}\n{next}", tried.join("\n  ")),
+    )
+    .with("library", "libnvinfer.so.10")
+    .with("searched", tried)
 }
 
 fn checked(l: Library) -> Result<Library> {
@@ -180,7 +209,11 @@ fn checked(l: Library) -> Result<Library> {
     }
     Err(Error::new(
         Kind::UnsupportedVersion,
-        format!("{}: this is TensorRT {}; jetrt runs {SUPPORTED} ({JETPACKS}). Install a supported TensorRT or set JETRT_TENSORRT_PATH to one.", l.path.display(), l.version),
+        format!(
+            "{}: this is TensorRT {}; jetrt runs {SUPPORTED} ({JETPACKS}). Install a supported TensorRT or set JETRT_TENSORRT_PATH to one.",
+            l.path.display(),
+            l.version
+        ),
     )
     .with("library", l.path.display().to_string())
     .with("found", l.version.to_string())
@@ -192,7 +225,9 @@ fn try_open(path: &Path, found_by: &'static str) -> Result<Library, String> {
     let dl = unsafe { Dl::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.map_err(|e| format!("{} ({found_by}): {e}", path.display()))?;
     // SAFETY: the symbol, where it exists, is `int32_t ()` in every version.
     let number = unsafe {
-        let f = dl.get::<unsafe extern "C" fn() -> i32>(b"getInferLibVersion\0").map_err(|e| format!("{} ({found_by}): not TensorRT: {e}", path.display()))?;
+        let f = dl
+            .get::<unsafe extern "C" fn() -> i32>(b"getInferLibVersion\0")
+            .map_err(|e| format!("{} ({found_by}): not TensorRT: {e}", path.display()))?;
         (*f)()
     };
     let mut version = Version::from_number(number);
@@ -202,7 +237,14 @@ fn try_open(path: &Path, found_by: &'static str) -> Result<Library, String> {
         version.build = unsafe { (*f)() }.max(0) as u32;
     }
     let path = real_path(&dl).unwrap_or_else(|| path.to_path_buf());
-    Ok(Library { dl, path, found_by, version, logger: OnceLock::new(), plugins: Mutex::new(Vec::new()) })
+    Ok(Library {
+        dl,
+        path,
+        found_by,
+        version,
+        logger: OnceLock::new(),
+        plugins: Mutex::new(Vec::new()),
+    })
 }
 
 /// Where the loader found it, from the address of one of its functions.
@@ -227,10 +269,13 @@ impl Library {
 
     #[cold]
     fn lacks(&self, slot: &Slot) -> Error {
-        Error::new(Kind::UnsupportedVersion, format!("TensorRT {} has no {}::{}; {}", self.version, slot.class, slot.method, JETPACKS))
-            .with("library", self.path.display().to_string())
-            .with("found", self.version.to_string())
-            .with("supported", format!("a version with {}", slot.method))
+        Error::new(
+            Kind::UnsupportedVersion,
+            format!("TensorRT {} has no {}::{}; {}", self.version, slot.class, slot.method, JETPACKS),
+        )
+        .with("library", self.path.display().to_string())
+        .with("found", self.version.to_string())
+        .with("supported", format!("a version with {}", slot.method))
     }
 
     pub fn has(&self, slot: &Slot) -> bool {
@@ -239,7 +284,9 @@ impl Library {
 
     pub fn symbol(&self, name: &CStr) -> Option<*const c_void> {
         // SAFETY: only the address is taken.
-        unsafe { self.dl.get::<*const c_void>(name.to_bytes_with_nul()) }.ok().map(|s| s.into_raw().cast_const())
+        unsafe { self.dl.get::<*const c_void>(name.to_bytes_with_nul()) }
+            .ok()
+            .map(|s| s.into_raw().cast_const())
     }
 
     fn logger(&self) -> &Logger {
@@ -251,12 +298,17 @@ impl Library {
         let version = (self.version.major * 10_000 + self.version.minor * 100 + self.version.patch) as i32;
         // SAFETY: the factory's signature is `void*(ILogger*, int32_t)` in every version; the logger lives for ever.
         let made = unsafe {
-            let f = self.dl.get::<unsafe extern "C" fn(*mut c_void, i32) -> *mut c_void>(b"createInferRuntime_INTERNAL\0");
+            let f = self
+                .dl
+                .get::<unsafe extern "C" fn(*mut c_void, i32) -> *mut c_void>(b"createInferRuntime_INTERNAL\0");
             f.map(|f| (*f)(self.logger().public(), version))
         };
         made.ok().and_then(Object::new).ok_or_else(|| {
-            Error::new(Kind::Deserialize, format!("{}: TensorRT {} could not create a runtime", self.path.display(), self.version))
-                .with_log(crate::log::TENSORRT.since(mark))
+            Error::new(
+                Kind::Deserialize,
+                format!("{}: TensorRT {} could not create a runtime", self.path.display(), self.version),
+            )
+            .with_log(crate::log::TENSORRT.since(mark))
         })
     }
 
@@ -281,7 +333,11 @@ impl Library {
         let dl = unsafe { Dl::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }.map_err(|e| {
             Error::new(
                 Kind::LibraryNotFound,
-                format!("plugin library {}: {e}. Give the path of a library built for TensorRT {}.", path.display(), self.version.major),
+                format!(
+                    "plugin library {}: {e}. Give the path of a library built for TensorRT {}.",
+                    path.display(),
+                    self.version.major
+                ),
             )
             .with("library", path.display().to_string())
         })?;
@@ -297,7 +353,11 @@ impl Library {
         if ok {
             return Ok(());
         }
-        Err(Error::new(Kind::Deserialize, format!("plugin library {}: initLibNvInferPlugins failed", path.display())).with_log(crate::log::TENSORRT.since(mark)))
+        Err(Error::new(
+            Kind::Deserialize,
+            format!("plugin library {}: initLibNvInferPlugins failed", path.display()),
+        )
+        .with_log(crate::log::TENSORRT.since(mark)))
     }
 }
 
@@ -310,7 +370,15 @@ mod tests {
         assert_eq!(Version::from_number(8601).to_string(), "8.6.1");
         assert_eq!(Version::from_number(100_600).to_string(), "10.6.0");
         assert_eq!(Version::from_number(101_501).to_string(), "10.15.1");
-        assert_eq!(Version::from_number(110_100), Version { major: 11, minor: 1, patch: 0, build: 0 });
+        assert_eq!(
+            Version::from_number(110_100),
+            Version {
+                major: 11,
+                minor: 1,
+                patch: 0,
+                build: 0
+            }
+        );
         assert!(!Version::from_number(8601).is_supported());
         assert!(!Version::from_number(120_000).is_supported());
     }
@@ -318,6 +386,14 @@ mod tests {
     #[test]
     fn the_plans_major_is_tried_first() {
         assert_eq!(majors(None), [10, 11, 8]);
-        assert_eq!(majors(Some(PlanVersion { major: 11, minor: 0, patch: 0, build: 0 })), [11, 10, 8]);
+        assert_eq!(
+            majors(Some(PlanVersion {
+                major: 11,
+                minor: 0,
+                patch: 0,
+                build: 0
+            })),
+            [11, 10, 8]
+        );
     }
 }

@@ -40,7 +40,11 @@ pub(super) extern "C" fn language(_this: *mut c_void) -> i32 {
 }
 
 extern "C" fn info(_this: *mut c_void) -> InterfaceInfo {
-    InterfaceInfo { kind: abi::logger::KIND.as_ptr(), major: abi::logger::INTERFACE_MAJOR, minor: abi::logger::INTERFACE_MINOR }
+    InterfaceInfo {
+        kind: abi::logger::KIND.as_ptr(),
+        major: abi::logger::INTERFACE_MAJOR,
+        minor: abi::logger::INTERFACE_MINOR,
+    }
 }
 
 impl Logger {

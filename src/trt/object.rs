@@ -21,7 +21,10 @@ impl From<&Dims> for RawDims {
     fn from(dims: &Dims) -> RawDims {
         let mut d = [0; 8];
         d[..dims.rank()].copy_from_slice(dims.as_slice());
-        RawDims { rank: dims.rank() as i32, d }
+        RawDims {
+            rank: dims.rank() as i32,
+            d,
+        }
     }
 }
 
@@ -146,7 +149,11 @@ fn type_info(lib: &Library) -> *const c_void {
     };
     // SAFETY: an object's vptr points 16 bytes into its class's table (Itanium C++ ABI).
     let vptr = unsafe { table.byte_add(16) };
-    std::ptr::from_ref(Box::leak(Box::new(TypeInfo { vptr, name: c"13RustTrtObject".as_ptr() }))).cast()
+    std::ptr::from_ref(Box::leak(Box::new(TypeInfo {
+        vptr,
+        name: c"13RustTrtObject".as_ptr(),
+    })))
+    .cast()
 }
 
 /// A C string of TensorRT's as text; empty for null.

@@ -58,7 +58,10 @@ fn at(bytes: &[u8], offset: usize, metadata: Option<String>) -> Result<Option<He
         return Ok(None);
     }
     let Some(preamble) = plan.get(..PREAMBLE) else {
-        return Err(format!("a truncated TensorRT plan: {} bytes, and the preamble alone has {PREAMBLE}", plan.len()));
+        return Err(format!(
+            "a truncated TensorRT plan: {} bytes, and the preamble alone has {PREAMBLE}",
+            plan.len()
+        ));
     };
     let word = |i: usize| u32::from_le_bytes([preamble[i], preamble[i + 1], preamble[i + 2], preamble[i + 3]]);
     let serialization = word(4);
@@ -66,8 +69,18 @@ fn at(bytes: &[u8], offset: usize, metadata: Option<String>) -> Result<Option<He
     if serialization == MEASURED_SERIALIZATION && length > plan.len() as u64 {
         return Err(format!("a truncated TensorRT plan: {} bytes of {length}", plan.len()));
     }
-    let version = PlanVersion { major: preamble[24], minor: preamble[25], patch: preamble[26], build: preamble[27] };
-    Ok(Some(Header { version, serialization, offset, metadata }))
+    let version = PlanVersion {
+        major: preamble[24],
+        minor: preamble[25],
+        patch: preamble[26],
+        build: preamble[27],
+    };
+    Ok(Some(Header {
+        version,
+        serialization,
+        offset,
+        metadata,
+    }))
 }
 
 fn json_prefix(bytes: &[u8]) -> Option<(usize, String)> {
@@ -90,11 +103,15 @@ fn what_it_is(bytes: &[u8]) -> String {
     } else if starts(b"ptrt") || starts(b"trtr") || starts(b"rtrt") {
         "an inner piece of a TensorRT plan: its first bytes are missing".into()
     } else if is_onnx(bytes) {
-        "an ONNX model: build a plan from it first (trtexec --onnx=… --saveEngine=…), or run it with jetrt.load(path, runtime=\"onnx_cpu\")".into()
+        "an ONNX model: build a plan from it first (trtexec --onnx=… --saveEngine=…), or run it with jetrt.load(path, runtime=\"onnx_cpu\")"
+            .into()
     } else if bytes.iter().all(|&b| b == 0) {
         "all zeros (an interrupted copy leaves such a file)".into()
     } else {
-        format!("no TensorRT plan: it begins with {:02x?} and a plan begins with 'ftrt'", &bytes[..bytes.len().min(8)])
+        format!(
+            "no TensorRT plan: it begins with {:02x?} and a plan begins with 'ftrt'",
+            &bytes[..bytes.len().min(8)]
+        )
     }
 }
 
@@ -114,16 +131,26 @@ pub struct PlanFile {
 impl PlanFile {
     pub fn open(path: &Path) -> Result<PlanFile> {
         let refuse = |found: String| {
-            Error::new(Kind::Plan, format!("{}: this is {found}. Give the path of a TensorRT plan (.engine, .plan, .trt).", path.display()))
-                .with("path", path.display().to_string())
-                .with("found", found)
-                .with("allowed", "a TensorRT plan file")
+            Error::new(
+                Kind::Plan,
+                format!(
+                    "{}: this is {found}. Give the path of a TensorRT plan (.engine, .plan, .trt).",
+                    path.display()
+                ),
+            )
+            .with("path", path.display().to_string())
+            .with("found", found)
+            .with("allowed", "a TensorRT plan file")
         };
         let file = File::open(path).map_err(|e| Error::file(path, "cannot open the plan", &e))?;
         let about = file.metadata().map_err(|e| Error::file(path, "cannot read the plan", &e))?;
         if about.is_dir() {
             let plans = plans_in(path);
-            return Err(refuse(if plans.is_empty() { "a directory".into() } else { format!("a directory (with {})", plans.join(", ")) }));
+            return Err(refuse(if plans.is_empty() {
+                "a directory".into()
+            } else {
+                format!("a directory (with {})", plans.join(", "))
+            }));
         }
         if about.len() == 0 {
             return Err(refuse(what_it_is(&[])));
@@ -134,7 +161,11 @@ impl PlanFile {
         // TensorRT reads it once, from the front.
         let _ = map.advise(memmap2::Advice::Sequential);
         let header = parse(&map).map_err(refuse)?;
-        Ok(PlanFile { path: path.to_path_buf(), header, map })
+        Ok(PlanFile {
+            path: path.to_path_buf(),
+            header,
+            map,
+        })
     }
 
     /// The plan itself, without a prefix.
@@ -160,8 +191,14 @@ impl PlanFile {
         // The format of sha256sum: the digest first, perhaps a file name behind it.
         let expected = text.split_whitespace().next().unwrap_or("").to_ascii_lowercase();
         if expected.len() != 64 || !expected.bytes().all(|b| b.is_ascii_hexdigit()) {
-            return Err(Error::new(Kind::Plan, format!("{}: no SHA-256 digest in this file. Write one with sha256sum, or remove the file.", sidecar.display()))
-                .with("path", sidecar.display().to_string()));
+            return Err(Error::new(
+                Kind::Plan,
+                format!(
+                    "{}: no SHA-256 digest in this file. Write one with sha256sum, or remove the file.",
+                    sidecar.display()
+                ),
+            )
+            .with("path", sidecar.display().to_string()));
         }
         let found: String = Sha256::digest(&self.map[..]).iter().map(|b| format!("{b:02x}")).collect();
         if found != expected {

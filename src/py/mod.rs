@@ -1,0 +1,21 @@
+//! The Python module `jetrt._core`. Only this folder (and `dlpack`, for capsules and the call protocol) knows pyo3.
+
+mod engine;
+pub(crate) mod errors;
+mod export;
+mod import;
+mod info;
+mod logging;
+mod tensor;
+
+use pyo3::prelude::*;
+
+#[pymodule(gil_used = false)]
+#[pyo3(name = "_core")]
+pub fn core(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    engine::register(m)?;
+    m.add_class::<tensor::Tensor>()?;
+    m.add_function(wrap_pyfunction!(import::describe, m)?)?;
+    m.add_function(wrap_pyfunction!(import::roundtrip, m)?)?;
+    info::register(m)
+}
