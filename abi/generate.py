@@ -70,7 +70,7 @@ impl Slot {
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    with open(HERE / name, newline="", encoding="utf-8") as handle:
+    with (HERE / name).open(newline="", encoding="utf-8") as handle:
         return list(csv.DictReader(handle))
 
 
@@ -102,7 +102,7 @@ def placement(row: dict[str, str], major: int) -> str:
         raise SystemExit(f"{row['class']}.{row['method']}: since {row['since']}, yet present in {major}.x")
     last = "u16::MAX"
     if row["last_in"] and version(row["last_in"])[0] == major:
-        # Tables only grow within a major version: a last_in equal to its newest sampled minor says "not in the next major".
+        # Tables only grow within a major version: a last_in equal to its newest sampled minor means "not in the next".
         newest = max(version(key)[1] for key in columns(row) if version(key)[0] == major)
         if version(row["last_in"])[1] < newest:
             last = str(version(row["last_in"])[1])
@@ -139,7 +139,7 @@ def slot_module(cls: str, name: str, slots: list[dict[str, str]], info: dict[str
             "",
         ]
     names = slot_names(slots)
-    for constant, row in zip(names, slots):
+    for constant, row in zip(names, slots, strict=True):
         body += [
             f"/// `{row['signature']}`",
             f"pub const {constant}: Slot = Slot {{",

@@ -1,7 +1,8 @@
-"""The stand-ins for CUDA's driver and TensorRT's runtime (`fakes/`): built, put under their real names, steered and looked into.
+"""The stand-ins for CUDA's driver and TensorRT's runtime (`fakes/`): built, put under their real names, and steered.
 
-A process finds them when it was started with the right LD_LIBRARY_PATH, which no process can change for itself. So `ensure_environment()` starts
-the running program once more, `run_python()` starts another one, and `python tests/fakes.py -- COMMAND …` runs any command with them.
+A process finds them when it was started with the right LD_LIBRARY_PATH, which no process can change for itself. So
+`ensure_environment()` starts the running program once more, `run_python()` starts another one, and
+`python tests/fakes.py -- COMMAND …` runs any command with them.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ class FakeCuda(_Fake):
             raise KeyError(name)
 
     def all_live(self) -> dict[str, int]:
-        """How much of each kind lives; compared before and after to find leaks. Contexts are the process's and left out."""
+        """How much of each kind lives, to be compared before and after. Contexts are the process's and left out."""
         return {kind: self.live(kind) for kind in self.KINDS}
 
     def log(self) -> list[str]:
@@ -220,7 +221,6 @@ class FakeCuda(_Fake):
         passed = [ctypes.c_uint64(a & (1 << 64) - 1) if isinstance(a, int) else a for a in arguments]
         function = self.library[name]
         function.restype = ctypes.c_int
-        function.argtypes = None
         return int(function(*passed))
 
 
@@ -268,16 +268,17 @@ def _mlp_weights() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 def _ready(program: str) -> dict[str, Any]:
     """The plans that are named like those built by TensorRT, with the same tensors and profiles, and four more."""
     if program == "dit5":
-        s = [(1, 122, 512)[i] for i in range(3)]
+        sequence = [([1, 1, 64], [1, 122, 64], [1, 512, 64])]
+        mask = [([1, 1], [1, 122], [1, 512])]
         return {
             "program": "dit5",
             "nodes": 4,
             "io": [
                 tensor("sa_embs", "input", "bfloat16", [1, 41, 64]),
-                tensor("vl_embs", "input", "bfloat16", [1, -1, 64], [tuple([1, n, 64] for n in s)]),  # type: ignore[list-item]
+                tensor("vl_embs", "input", "bfloat16", [1, -1, 64], sequence),
                 tensor("timestep", "input", "int64", [1]),
-                tensor("image_mask", "input", "bool", [1, -1], [tuple([1, n] for n in s)]),  # type: ignore[list-item]
-                tensor("backbone_attention_mask", "input", "bool", [1, -1], [tuple([1, n] for n in s)]),  # type: ignore[list-item]
+                tensor("image_mask", "input", "bool", [1, -1], mask),
+                tensor("backbone_attention_mask", "input", "bool", [1, -1], mask),
                 tensor("output", "output", "bfloat16", [1, 41, 64]),
             ],
         }
@@ -306,8 +307,8 @@ def _ready(program: str) -> dict[str, Any]:
         return {
             "program": "add",
             "io": [
-                tensor("a", "input", "float32", [-1, 8], profile),  # type: ignore[arg-type]
-                tensor("b", "input", "float32", [-1, 8], profile),  # type: ignore[arg-type]
+                tensor("a", "input", "float32", [-1, 8], profile),
+                tensor("b", "input", "float32", [-1, 8], profile),
                 tensor("y", "output", "float32", [-1, 8]),
             ],
         }
@@ -367,7 +368,7 @@ def write_plan(path: str | os.PathLike[str], program: str | Mapping[str, Any] = 
 
 def mlp_reference(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     w, b = _mlp_weights()
-    return (x.astype(np.float32) @ w + b).astype(np.float32)
+    return np.asarray(x.astype(np.float32) @ w + b, np.float32)
 
 
 def nonzero_reference(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -388,20 +389,17 @@ def dit5_reference(
     for row in range(vl.shape[1]):
         total += kept[:, row]
     mean = total / np.float32(vl.shape[1])
-    return (sa.astype(np.float32) + mean[:, None, :]) + timestep.astype(np.float32)
+    return np.asarray(sa.astype(np.float32) + mean[:, None, :] + timestep.astype(np.float32), np.float32)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     if len(arguments) < 2 or arguments[0] != "--":
-        print("usage: python tests/fakes.py -- COMMAND …", file=sys.stderr)
-        return 2
+        raise SystemExit("usage: python tests/fakes.py -- COMMAND …")
     program = shutil.which(arguments[1])
     if program is None:
-        print(f"no such command: {arguments[1]}", file=sys.stderr)
-        return 127
+        raise SystemExit(f"no such command: {arguments[1]}")
     os.execve(program, arguments[1:], environment(os.environ.get("FAKE_TRT_VERSION", VERSION)))
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The stand-ins themselves: that they expose the mistakes they are there to expose, and behave where nothing is wrong."""
+"""The stand-ins themselves: they expose the mistakes they are there to expose, and behave where nothing is wrong."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from ctypes import POINTER, byref, c_bool, c_char_p, c_float, c_int, c_int32, c_
 from pathlib import Path
 from typing import Any
 
-import fakes
 import numpy as np
 import pytest
+
+import fakes
 
 ROOT = Path(__file__).resolve().parent.parent
 INVALID_VALUE, OUT_OF_MEMORY, NOT_READY, ILLEGAL_ADDRESS = 1, 2, 600, 700
@@ -252,6 +253,27 @@ def test_registered_memory_and_attributes(cuda: Driver) -> None:
     assert cuda.call("cuMemHostRegister_v2", address + 16, 16, 0) == 712
     cuda.ok("cuMemHostUnregister", address)
     assert cuda.call("cuMemHostUnregister", address) == 713
+
+
+@pytest.mark.parametrize("reuse", [0, 1])
+def test_freed_address_comes_back_only_where_asked_for(cuda: Driver, reuse: int) -> None:
+    cuda.set("reuse", reuse)
+    first = cuda.device(1000)
+    cuda.ok("cuMemFree_v2", first)
+    second = cuda.device(1000)
+    assert (first == second) is bool(reuse)
+    assert read(second, 1000) == bytes([FRESH]) * 1000
+    cuda.ok("cuMemFree_v2", second)
+    cuda.set("reuse", 0)
+
+
+def test_memory_is_bounded_over_many_allocations(cuda: Driver) -> None:
+    seen = set()
+    for _ in range(300):
+        memory = cuda.device(1 << 20)
+        seen.add(memory)
+        cuda.ok("cuMemFree_v2", memory)
+    assert len(seen) < 100
 
 
 def test_out_of_memory(cuda: Driver) -> None:
@@ -500,7 +522,13 @@ def test_walk_over_driver_calls_of_a_small_run(cuda: Driver) -> None:
 
 # The kernel -----------------------------------------------------------------------------------------------------------
 
-PTX = b".version 8.2\n.target sm_70\n.address_size 64\n.visible .entry jetrt_copy_cast(.param .align 8 .b8 p[168])\n{ ret; }\n"
+PTX = b"""
+.version 8.2
+.target sm_70
+.address_size 64
+.visible .entry jetrt_copy_cast(.param .align 8 .b8 p[168])
+{ ret; }
+"""
 
 
 def launch(
@@ -796,7 +824,8 @@ inspector = trt.call(session.engine, "VCudaEngine", "createEngineInspector", c_v
 assert b"Layers" in trt.call(inspector, "VEngineInspector", "getEngineInformation", c_char_p, c_int32(1))
 trt.destroy(inspector)
 memory = trt.call(session.engine, "VCudaEngine", "serialize", c_void_p)
-assert trt.call(memory, "VHostMemory", "size", test_fakes.c_uint64) == len(fakes.plan_bytes("mlp", log=[[2, "a warning"]]))
+size = trt.call(memory, "VHostMemory", "size", test_fakes.c_uint64)
+assert size == len(fakes.plan_bytes("mlp", log=[[2, "a warning"]]))
 trt.destroy(memory)
 assert (2, "a warning") in trt.lines, trt.lines
 session.close()
@@ -835,10 +864,15 @@ trt.call_slot(session.engine, {slot}, ctypes.c_void_p)
 
 
 def test_library_of_another_major_version() -> None:
-    code = "import ctypes; lib = ctypes.CDLL('libnvinfer.so.8'); print(lib.getInferLibVersion(), hasattr(lib, 'getInferLibMajorVersion'))"
-    assert fakes.run_python(code, version="8.6.1.6").stdout.split() == ["8601", "False"]
-    code = "import ctypes; lib = ctypes.CDLL('libnvinfer.so.12'); print(lib.getInferLibVersion(), lib.getInferLibMajorVersion())"
-    assert fakes.run_python(code, version="12.0.0.1").stdout.split() == ["120000", "12"]
+    code = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+print(library.getInferLibVersion(), hasattr(library, "getInferLibMajorVersion"))
+"""
+    old = fakes.run_python(code, "libnvinfer.so.8", version="8.6.1.6")
+    assert old.stdout.split() == ["8601", "False"]
+    new = fakes.run_python(code, "libnvinfer.so.12", version="12.0.0.1")
+    assert new.stdout.split() == ["120000", "True"]
 
 
 def test_no_driver_no_runtime() -> None:
@@ -1103,6 +1137,147 @@ def test_profiler(session: Callable[..., Session]) -> None:
     s.trt.call(s.context, "VExecutionContext", "setProfiler", None, profiler)
     assert s.trt.enqueue(s.context, s.stream)
     assert layers == [b"layer_0", b"layer_1"]
+
+
+STREAMED = """
+import ctypes, fakes, test_fakes
+from ctypes import c_bool, c_int, c_int64, c_void_p
+plan = fakes.plan_bytes("mlp")
+session = test_fakes.Session(plan)
+trt, at, reads = session.trt, 0, []
+cut = len(plan)
+
+def read(_this, target, n, _stream):
+    global at
+    part = plan[:cut][at:at + min(n, 1000)]
+    ctypes.memmove(target, part, len(part))
+    at += len(part)
+    reads.append(len(part))
+    return len(part)
+
+def seek(_this, offset, where):
+    global at
+    at = {0: 0, 1: at, 2: len(plan)}[where] + offset
+    return True
+
+reader = trt.implement(
+    "IStreamReaderV2",
+    read=ctypes.CFUNCTYPE(c_int64, c_void_p, c_void_p, c_int64, c_void_p)(read),
+    seek=ctypes.CFUNCTYPE(c_bool, c_void_p, c_int64, c_int)(seek),
+)
+engine = trt.call(session.runtime, "VRuntime", "deserializeCudaEngineV2", c_void_p, reader)
+assert sum(reads) == len(plan) + 28, reads
+trt.destroy(engine)
+at, cut = 0, 100
+assert trt.call(session.runtime, "VRuntime", "deserializeCudaEngineV2", c_void_p, reader) is None
+assert "ended early" in trt.errors()[-1]
+session.close()
+"""
+
+
+@pytest.mark.parametrize("version", ["10.7.0.23", "11.0.0.114"])
+def test_plan_from_a_stream(version: str) -> None:
+    fakes.run_python(STREAMED, version=version)
+
+
+def test_allocator_and_error_recorder_of_the_caller(session: Callable[..., Session]) -> None:
+    s = session()
+    live: list[int] = []
+    told: list[bytes] = []
+    references: list[int] = []
+
+    def allocate(_this: int, size: int, alignment: int, _flags: int) -> int:
+        assert alignment == 256
+        live.append(s.cuda.device(size))
+        return live[-1]
+
+    def deallocate(_this: int, memory: int) -> bool:
+        live.remove(memory)
+        s.cuda.ok("cuMemFree_v2", memory)
+        return True
+
+    def report(_this: int, _code: int, text: bytes) -> bool:
+        told.append(text)
+        return True
+
+    count = ctypes.CFUNCTYPE(c_int32, c_void_p)
+    allocator = s.trt.implement(
+        "IGpuAllocator",
+        allocate=ctypes.CFUNCTYPE(c_void_p, c_void_p, c_uint64, c_uint64, ctypes.c_uint32)(allocate),
+        deallocate=ctypes.CFUNCTYPE(c_bool, c_void_p, c_void_p)(deallocate),
+    )
+    recorder = s.trt.implement(
+        "IErrorRecorder",
+        reportError=ctypes.CFUNCTYPE(c_bool, c_void_p, c_int32, c_char_p)(report),
+        incRefCount=count(lambda _this: references.append(1) or 1),
+        decRefCount=count(lambda _this: references.append(-1) or 0),
+    )
+    s.trt.call(s.runtime, "VRuntime", "setGpuAllocator", None, allocator)
+    s.trt.call(s.runtime, "VRuntime", "setErrorRecorder", None, recorder)
+    assert s.trt.engine(s.runtime, b"junk") is None
+    assert b"Magic tag" in told[0]
+    engine = s.trt.engine(s.runtime, fakes.plan_bytes("mlp"))
+    assert engine
+    context = s.trt.context(engine)
+    assert context
+    assert len(live) == 2
+    s.trt.destroy(context)
+    s.trt.destroy(engine)
+    assert live == []
+    s.trt.call(s.runtime, "VRuntime", "setErrorRecorder", None, 0)
+    assert references == [1, -1]
+
+
+def test_plugins_are_initialised_through_a_name_of_their_own() -> None:
+    trt = Trt()
+    plugins = ctypes.CDLL(str(Path(os.environ[fakes.MARK]) / "libnvinfer_plugin.so.10"))
+    before = trt.fake.count("initLibNvInferPlugins")
+    plugins.initLibNvInferPlugins.argtypes = [c_void_p, c_char_p]
+    plugins.initLibNvInferPlugins.restype = c_bool
+    assert plugins.initLibNvInferPlugins(trt.logger, b"")
+    assert trt.fake.count("initLibNvInferPlugins") == before + 1
+    trt.fake.fail_at(1)
+    assert not plugins.initLibNvInferPlugins(trt.logger, b"")
+    trt.fake.reset()
+
+
+def test_contexts_in_many_threads(session: Callable[..., Session]) -> None:
+    s = session(nodes=3, aux_streams=1)
+    current = c_uint64()
+    s.cuda.ok("cuCtxGetCurrent", byref(current))
+    contexts = [s.trt.context(s.engine) for _ in range(8)]
+    wrong: list[Any] = []
+
+    def work(context: int, seed: int) -> None:
+        try:
+            s.cuda.ok("cuCtxSetCurrent", current.value)
+            stream = s.cuda.stream()
+            for i in range(20):
+                x = np.random.default_rng(seed * 100 + i).standard_normal((8, 64)).astype(np.float32)
+                source, target = s.cuda.device(x.nbytes), s.cuda.device(320)
+                s.cuda.ok("cuMemcpyHtoDAsync_v2", source, x.ctypes.data, x.nbytes, stream)
+                assert s.trt.bind(context, "x", source, (8, 64))
+                assert s.trt.bind(context, "y", target)
+                assert s.trt.enqueue(context, stream)
+                y = np.empty((8, 10), np.float32)
+                s.cuda.ok("cuMemcpyDtoHAsync_v2", y.ctypes.data, target, 320, stream)
+                np.testing.assert_allclose(y, fakes.mlp_reference(x), rtol=1e-5, atol=1e-5)
+                s.cuda.ok("cuMemFree_v2", source)
+                s.cuda.ok("cuMemFree_v2", target)
+            s.cuda.ok("cuStreamSynchronize", stream)
+            s.cuda.ok("cuStreamDestroy_v2", stream)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(context, i)) for i, context in enumerate(contexts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    for context in contexts:
+        assert context
+        s.trt.destroy(context)
 
 
 def test_mistakes_with_objects_are_recorded() -> None:

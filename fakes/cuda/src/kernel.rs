@@ -135,7 +135,7 @@ pub fn run(p: &CopyCast, device: i32) -> Result<(), String> {
             p.dst
         ));
     }
-    if p.src % from as u64 != 0 || p.dst % to as u64 != 0 {
+    if !p.src.is_multiple_of(from as u64) || !p.dst.is_multiple_of(to as u64) {
         return Err(format!("jetrt_copy_cast: misaligned address {:#x} or {:#x}", p.src, p.dst));
     }
     let mut index = [0i64; 8];

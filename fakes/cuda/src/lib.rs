@@ -42,6 +42,10 @@ fn device(ordinal: i32) -> Outcome {
     }
 }
 
+fn active(context: u64) -> bool {
+    st().contexts.get(&context).is_some_and(|context| context.references > 0)
+}
+
 fn primary(ordinal: i32) -> u64 {
     PRIMARY + 16 * ordinal as u64
 }
@@ -247,7 +251,7 @@ exports! { call:
     }
     fn cuCtxGetCurrent(out: *mut u64) { put(out, CURRENT.with_borrow(|stack| stack.last().copied().unwrap_or(0))) }
     fn cuCtxSetCurrent(context: u64) {
-        if context != 0 && !st().contexts.get(&context).is_some_and(|c| c.references > 0) {
+        if context != 0 && !active(context) {
             return refuse(INVALID_CONTEXT, format!("{context:#x} is no active context"));
         }
         CURRENT.with_borrow_mut(|stack| {
@@ -259,7 +263,7 @@ exports! { call:
         Ok(())
     }
     fn cuCtxPushCurrent_v2(context: u64) {
-        if !st().contexts.get(&context).is_some_and(|c| c.references > 0) {
+        if !active(context) {
             return refuse(INVALID_CONTEXT, format!("{context:#x} is no active context"));
         }
         CURRENT.with_borrow_mut(|stack| stack.push(context));

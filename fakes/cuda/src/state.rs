@@ -1,7 +1,8 @@
 //! The one lock, the registries behind it, and the record of calls and mistakes.
 
 use std::cell::{Cell, RefCell, UnsafeCell};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::CString;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -142,8 +143,13 @@ pub struct State {
 struct Arena {
     next: u64,
     end: u64,
+    /// Freed and poisoned, not to be handed out again soon: who still uses it shall find the poison.
+    resting: VecDeque<(u64, usize)>,
+    resting_bytes: usize,
     free: HashMap<usize, Vec<u64>>,
 }
+
+const QUARANTINE: usize = 64 << 20;
 
 struct Global(UnsafeCell<Option<State>>);
 // SAFETY: only reached through `st`, whose callers hold LOCK.
@@ -348,6 +354,60 @@ pub fn tear_down(context: u64) {
     state.execs.retain(|_, exec| exec.context != context);
 }
 
+impl Arena {
+    fn reserve(base: u64) -> Result<Arena, i32> {
+        // SAFETY: a fresh reservation that replaces nothing.
+        let at = unsafe {
+            libc::mmap(
+                base as *mut libc::c_void,
+                ARENA as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE,
+                -1,
+                0,
+            )
+        };
+        if at as u64 != base {
+            return refuse(OUT_OF_MEMORY, format!("the address space at {base:#x} is taken"));
+        }
+        let (resting, free) = (VecDeque::new(), HashMap::new());
+        Ok(Arena {
+            next: base + 4096,
+            end: base + ARENA,
+            resting,
+            resting_bytes: 0,
+            free,
+        })
+    }
+
+    fn take(&mut self, room: usize) -> Result<u64, i32> {
+        if let Some(address) = self.free.get_mut(&room).and_then(Vec::pop) {
+            return Ok(address);
+        }
+        let address = self.next;
+        if address + room as u64 > self.end {
+            return Err(OUT_OF_MEMORY);
+        }
+        self.next += room as u64;
+        Ok(address)
+    }
+
+    fn give_back(&mut self, address: u64, room: usize, limit: usize) {
+        self.resting.push_back((address, room));
+        self.resting_bytes += room;
+        while self.resting_bytes > limit {
+            let Some((address, room)) = self.resting.pop_front() else { break };
+            self.resting_bytes -= room;
+            let (from, to) = (address.div_ceil(4096) * 4096, (address + room as u64) / 4096 * 4096);
+            if to > from && room > 1 << 20 {
+                // SAFETY: whole pages inside the block.
+                unsafe { libc::madvise(from as *mut libc::c_void, (to - from) as usize, libc::MADV_DONTNEED) };
+            }
+            self.free.entry(room).or_default().push(address);
+        }
+    }
+}
+
 // Memory ------------------------------------------------------------------------------------------------------------
 
 const ARENA: u64 = 1 << 40;
@@ -392,53 +452,13 @@ pub fn allocate(kind: Kind, size: usize, flags: u32) -> Result<u64, i32> {
             return Err(OUT_OF_MEMORY);
         }
     }
-    // 512 like the driver's own blocks, and a gap so that neighbouring blocks never touch.
-    let room = size.div_ceil(512) * 512 + 512;
-    let reuse = st().settings.reuse != 0;
+    let room = room_for(size);
     let state = st();
-    if !state.arenas.contains_key(&which) {
-        let base = arena_base(which);
-        // SAFETY: a fresh reservation that replaces nothing.
-        let at = unsafe {
-            libc::mmap(
-                base as *mut libc::c_void,
-                ARENA as usize,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE,
-                -1,
-                0,
-            )
-        };
-        if at as u64 != base {
-            mistake(format!("the address space at {base:#x} is taken"));
-            return Err(OUT_OF_MEMORY);
-        }
-        state.arenas.insert(
-            which,
-            Arena {
-                next: base + 4096,
-                end: base + ARENA,
-                free: HashMap::new(),
-            },
-        );
-    }
-    let Some(arena) = state.arenas.get_mut(&which) else {
-        return Err(OUT_OF_MEMORY);
+    let arena = match state.arenas.entry(which) {
+        Entry::Occupied(arena) => arena.into_mut(),
+        Entry::Vacant(none) => none.insert(Arena::reserve(arena_base(which))?),
     };
-    let recycled = if reuse {
-        arena.free.get_mut(&room).and_then(Vec::pop)
-    } else {
-        None
-    };
-    let address = match recycled {
-        Some(address) => address,
-        None if arena.next + room as u64 <= arena.end => {
-            let address = arena.next;
-            arena.next += room as u64;
-            address
-        }
-        None => return Err(OUT_OF_MEMORY),
-    };
+    let address = arena.take(room)?;
     // SAFETY: the block was just carved out of the arena.
     unsafe { std::ptr::write_bytes(address as *mut u8, FRESH, size.min(FILL_LIMIT)) };
     let id = handle();
@@ -455,6 +475,11 @@ pub fn allocate(kind: Kind, size: usize, flags: u32) -> Result<u64, i32> {
     Ok(address)
 }
 
+fn room_for(size: usize) -> usize {
+    // 512 like the driver's own blocks, and a gap so that neighbouring blocks never touch.
+    size.div_ceil(512) * 512 + 512
+}
+
 /// Gives a block back and poisons it. The caller has checked that it exists.
 pub fn release(address: u64) {
     let Some(block) = st().blocks.remove(&address) else { return };
@@ -465,16 +490,9 @@ pub fn release(address: u64) {
     };
     // SAFETY: arena memory stays mapped.
     unsafe { std::ptr::write_bytes(address as *mut u8, POISON, block.size.min(FILL_LIMIT)) };
-    let page = 4096u64;
-    let (from, to) = (address.div_ceil(page) * page, (address + block.size as u64) / page * page);
-    if block.size > 1 << 20 && to > from + page {
-        // Big blocks keep one poisoned page at each end; the rest goes back to the system.
-        // SAFETY: whole pages inside the block.
-        unsafe { libc::madvise((from + page) as *mut libc::c_void, (to - from - page) as usize, libc::MADV_DONTNEED) };
-    }
-    let room = block.size.div_ceil(512) * 512 + 512;
+    let reuse = st().settings.reuse != 0;
     if let Some(arena) = st().arenas.get_mut(&which) {
-        arena.free.entry(room).or_default().push(address);
+        arena.give_back(address, room_for(block.size), if reuse { 0 } else { QUARANTINE });
     }
 }
 

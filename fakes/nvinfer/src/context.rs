@@ -610,7 +610,7 @@ unsafe extern "C" fn set_device_memory_v2(this: This, memory: u64, size: i64) {
             &format!("{size} bytes given, {} needed", context.plan.device_memory),
         );
     }
-    if memory % 256 != 0 {
+    if !memory.is_multiple_of(256) {
         context.api("setDeviceMemoryV2", "the memory is not aligned to 256 bytes");
         mistake("device memory for a context must be aligned to 256 bytes");
     }

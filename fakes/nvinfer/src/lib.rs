@@ -47,20 +47,18 @@ impl Reporter {
         self.log(abi::severity::ERROR, text);
     }
 
-    pub fn set_recorder(&mut self, recorder: *mut u8) {
-        // SAFETY: as above.
-        unsafe {
-            object::check_kind(recorder, abi::error_recorder::GET_INTERFACE_INFO, abi::error_recorder::KIND);
-            for (object, slot) in [
-                (recorder as usize, abi::error_recorder::INC_REF_COUNT),
-                (self.recorder, abi::error_recorder::DEC_REF_COUNT),
-            ] {
-                if object != 0 {
-                    if let Some(method) = user_method(object as *mut u8, slot) {
-                        let method: unsafe extern "C" fn(*mut u8) -> i32 = std::mem::transmute(method);
-                        method(object as *mut u8);
-                    }
-                }
+    pub unsafe fn set_recorder(&mut self, recorder: *mut u8) {
+        object::check_kind(recorder, abi::error_recorder::GET_INTERFACE_INFO, abi::error_recorder::KIND);
+        for (object, slot) in [
+            (recorder as usize, abi::error_recorder::INC_REF_COUNT),
+            (self.recorder, abi::error_recorder::DEC_REF_COUNT),
+        ] {
+            if object == 0 {
+                continue;
+            }
+            if let Some(method) = user_method(object as *mut u8, slot) {
+                let method: unsafe extern "C" fn(*mut u8) -> i32 = std::mem::transmute(method);
+                method(object as *mut u8);
             }
         }
         self.recorder = recorder as usize;

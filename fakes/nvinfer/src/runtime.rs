@@ -47,6 +47,10 @@ impl Runtime {
                 crate::driver::check((driver.attribute)(&mut minor, 76, device), "cuDeviceGetAttribute")?;
             }
             let (plan, log) = plan::parse(bytes, self.host_code, i64::from(major * 10 + minor))?;
+            self.reporter.log(
+                crate::abi::severity::INFO,
+                &format!("Loaded engine size: {} MiB", bytes.len() >> 20),
+            );
             for (severity, line) in log {
                 self.reporter.log(severity, &line);
             }
