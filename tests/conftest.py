@@ -14,9 +14,20 @@ os.environ["JETRT_ALLOW_DEBUG"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def on_gpu(config: pytest.Config) -> bool:
     selected = config.getoption("markexpr")
-    if "gpu" in selected and "not gpu" not in selected:
+    return "gpu" in selected and "not gpu" not in selected
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    # Not even imported: torch would ask the stand-in driver for its GPUs.
+    if collection_path == Path(__file__).parent / "gpu" and not on_gpu(config):
+        return True
+    return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if on_gpu(config):
         return  # the real libraries are wanted
     try:
         import fakes

@@ -15,7 +15,7 @@ import jetrt
 from jetrt.cli import main
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 class Block(NamedTuple):
@@ -96,7 +96,7 @@ def test_command_lines(folder, capsys):
 
 def test_make_targets_exist():
     targets = set(re.findall(r"\bmake ([a-z0-9-]+)", README)) - {"and"}
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert {"demo", "test", "wheel", "wheel-aarch64"} <= targets
     for target in targets:
         assert re.search(rf"^([\w-]+ )*{re.escape(target)}( [\w-]+)*:", makefile, re.M), target
@@ -107,5 +107,5 @@ def test_files_that_it_names_exist():
         assert (ROOT / path).exists()
     for crate in re.findall(r"^\| ((?:`\w+`(?:, )?)+)", README[README.index("## Built on") :], re.M):
         for name in re.findall(r"`(\w+)`", crate):
-            manifests = (ROOT / "Cargo.toml").read_text() + (ROOT / "pyproject.toml").read_text()
+            manifests = "".join((ROOT / file).read_text(encoding="utf-8") for file in ("Cargo.toml", "pyproject.toml"))
             assert re.search(rf"\b{name}\b", manifests), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
+import re
 import threading
 from pathlib import Path
 
@@ -277,7 +278,7 @@ def test_six_methods_on_tensorrt(plan):
     handle = runtime.deserialize_engine(entry)
     assert isinstance(handle.model, jetrt.Engine)
     outputs = runtime.infer(handle, {"x": X})
-    np.testing.assert_allclose(outputs["y"], fakes.mlp_reference(X), rtol=1e-6)
+    np.testing.assert_allclose(outputs["y"], fakes.mlp_reference(X), rtol=1e-5, atol=1e-6)
     with pytest.raises(errors.TelemetryUnavailableError):
         runtime.thermal_state()
     runtime.release_engine(handle)
@@ -306,7 +307,7 @@ def test_load_a_plan(plan):
     for runtime in (None, "tensorrt"):
         with jetrt.load(plan, runtime, max_contexts=2) as engine:
             assert isinstance(engine, jetrt.Engine)
-            np.testing.assert_allclose(engine(X)["y"], fakes.mlp_reference(X), rtol=1e-6)
+            np.testing.assert_allclose(engine(X)["y"], fakes.mlp_reference(X), rtol=1e-5, atol=1e-6)
     assert jetrt.available_runtimes()[0] == "tensorrt"
 
 
@@ -346,7 +347,9 @@ def test_both_runtimes_answer_and_refuse_alike(tmp_path, onnx_models):
         lambda m: m(a, [1.0]),
         lambda m: m(a, None),
         lambda m: m(a, np.ma.masked_array(b, b > 3)),
-        lambda m: m(a, b, out={"z": b}),
+        lambda m: m(a, b, out={}),
+        lambda m: m(a, b, out={"y": b.astype(np.float64)}),
+        lambda m: m(a, b, out={"y": np.asfortranarray(b)}),
     ):
         with pytest.raises(errors.InputError) as one:
             bad(engine)
@@ -368,7 +371,7 @@ def test_description(model, add):
     assert (model.name, model.path, model.closed) == ("add", str(add), False)
     assert model.load_report["bytes"] == add.stat().st_size
     assert repr(model) == (
-        "<OnnxModel add: a float32[-1,3], b float32[-1,3] -> sum float32[-1,3], twice float32[-1,3]>"
+        "<OnnxModel add: a float32[-1, 3], b float32[-1, 3] -> sum float32[-1, 3], twice float32[-1, 3]>"
     )
 
 
@@ -412,40 +415,45 @@ def test_results_are_the_callers_own(tmp_path, onnx_models):
 
 
 def test_out(model):
-    target = np.empty((2, 3), np.float32)
-    outputs = model(A, B, out={"sum": target})
-    assert outputs["sum"] is target
-    np.testing.assert_array_equal(target, A + B)
-    np.testing.assert_array_equal(outputs["twice"], A + A)
+    targets = {"twice": np.empty((2, 3), np.float32), "sum": np.empty((2, 3), np.float32)}
+    outputs = model(A, B, out=targets)
+    assert list(outputs) == ["sum", "twice"]
+    assert outputs["sum"] is targets["sum"]
+    assert outputs["twice"] is targets["twice"]
+    np.testing.assert_array_equal(targets["sum"], A + B)
+    np.testing.assert_array_equal(targets["twice"], A + A)
 
 
 @pytest.mark.parametrize(
     ("target", "error", "message"),
     [
-        (np.empty((2, 4), np.float32), errors.ShapeError, r"out='sum' has shape \[2,4\], wrong in dimension 1"),
-        (np.empty((2, 3), np.float64), errors.DTypeError, "out='sum' is float64, the model writes float32"),
-        (np.empty((3, 2), np.float32).T, errors.LayoutError, "out='sum' has strides"),
-        (np.broadcast_to(np.float32(0), (2, 3)), errors.LayoutError, "out='sum' has strides"),
-        (np.frombuffer(bytes(24), np.float32).reshape(2, 3), errors.LayoutError, "out='sum' has read-only memory"),
+        (np.empty((2, 4), np.float32), errors.ShapeError, "found [2, 4]; allowed: [any, 3]."),
+        (np.empty((2, 3), np.float64), errors.DTypeError, "found float64; allowed: float32."),
+        (np.empty((3, 2), np.float32).T, errors.LayoutError, "found strides (4, 8) (bytes) for shape [2, 3]; allowed:"),
+        (np.broadcast_to(np.float32(0), (2, 3)), errors.LayoutError, "found strides (0, 0) (bytes)"),
+        (np.frombuffer(bytes(24), np.float32).reshape(2, 3), errors.LayoutError, "found read-only memory; allowed:"),
     ],
 )
 def test_out_that_does_not_fit(model, target, error, message):
-    with pytest.raises(error, match=message) as caught:
-        model(A, B, out={"sum": target})
+    with pytest.raises(error, match="^output 'sum': " + re.escape(message)) as caught:
+        model(A, B, out={"sum": target, "twice": np.empty((2, 3), np.float32)})
     assert caught.value.tensor == "sum"
 
 
 def test_out_of_the_wrong_size_is_never_written(model):
     target = np.zeros((5, 3), np.float32)  # fits the description [-1,3], not this call
     with pytest.raises(errors.InferenceError, match="add: onnxruntime failed") as caught:
-        model(A, B, out={"sum": target})
-    assert caught.value.bound == ["a float32[2,3]", "b float32[2,3]"]
+        model(A, B, out={"sum": target, "twice": np.empty((2, 3), np.float32)})
+    assert caught.value.bound == ["a float32[2, 3]", "b float32[2, 3]"]
     assert not target.any()
 
 
-def test_out_of_an_unknown_name(model):
-    with pytest.raises(errors.InputNameError, match="out= names 'product'; the outputs are sum float32"):
-        model(A, B, out={"product": A})
+def test_out_by_other_names(model):
+    target = np.empty((2, 3), np.float32)
+    with pytest.raises(errors.InputNameError, match="'product': found no output of that name in out=; allowed: sum"):
+        model(A, B, out={"sum": target, "twice": target, "product": target})
+    with pytest.raises(errors.InputNameError, match="output 'twice': found nothing in out=; allowed: a tensor"):
+        model(A, B, out={"sum": target})
 
 
 def test_policies_are_counted(add):
@@ -453,7 +461,7 @@ def test_policies_are_counted(add):
     wide = np.asfortranarray(A)
     np.testing.assert_array_equal(model(wide, B.astype(np.float64))["sum"], A + B)
     np.testing.assert_array_equal(model(A, B)["sum"], A + B)
-    assert model.stats == {"calls": 2, "copies": 1, "casts": 1}
+    assert model.stats == {"calls": 2, "strided_copies": 1, "casts": 1}
 
 
 def test_threads(model):
@@ -476,7 +484,7 @@ def test_threads(model):
 def test_a_model_that_fails_while_running(model):
     with pytest.raises(errors.InferenceError, match=r"(?s)add: onnxruntime failed: .*Bound: a float32") as caught:
         model(A, np.zeros((5, 3), np.float32))
-    assert caught.value.bound == ["a float32[2,3]", "b float32[5,3]"]
+    assert caught.value.bound == ["a float32[2, 3]", "b float32[5, 3]"]
     assert caught.value.log
     np.testing.assert_array_equal(model(A, B)["sum"], A + B)  # and the next call works
 
@@ -487,27 +495,31 @@ def test_a_model_that_fails_while_running(model):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda m: m(a=A), errors.InputNameError, r"add: input 'b' is missing\. The inputs are a float32\[-1,3\], b"),
-        (lambda m: m(a=A, b=B, c=B), errors.InputNameError, r"add: there is no input 'c'\. The inputs are"),
-        (lambda m: m(A, B, B), errors.InputNameError, "add: 3 inputs are given, it has 2"),
-        (lambda m: m(A, B, a=A), errors.InputNameError, "add: input 'a' is given twice"),
-        (lambda m: m(A[0], B), errors.ShapeError, r"input 'a' has rank 1, shape \[3\]; allowed is \[-1,3\]"),
         (
-            lambda m: m(A.T.copy(), B),
-            errors.ShapeError,
-            r"'a' has shape \[3,2\], wrong in dimension 1; allowed is \[-1",
+            lambda m: m(a=A),
+            errors.InputNameError,
+            "input 'b': found nothing (the input is missing); allowed: float32[-1, 3]. Pass all of: a, b.",
         ),
-        (lambda m: m(A.astype("f8"), B), errors.DTypeError, "'a' is float64, the model takes float32. .*on_dtype"),
-        (lambda m: m(A.astype(">f4"), B), errors.DTypeError, "'a' is >f4, in the other byte order"),
-        (lambda m: m(A, np.asfortranarray(B)), errors.LayoutError, "'b' is not contiguous: strides .*on_strided"),
-        (lambda m: m(A, [[1, 2, 3]]), errors.DTypeError, "'b' is a list. Give an array"),
-        (lambda m: m(A, None), errors.DTypeError, "'b' is a NoneType. Give an array"),
-        (lambda m: m(np.ma.masked_array(A, A > 3), B), errors.LayoutError, "'a' is a masked array"),
-        (lambda m: m(A, B, stream=7), errors.InferenceError, "onnx_cpu has no streams.*leave stream= out"),
+        (lambda m: m(a=A, b=B, c=B), errors.InputNameError, "input 'c': found no input of that name; allowed: a, b."),
+        (lambda m: m(A, B, B), errors.InputNameError, "input '#2': found 3 positional inputs; allowed: 2: a, b."),
+        (lambda m: m(A, B, a=A), errors.InputNameError, "input 'a': found the input twice (by position and by name);"),
+        (lambda m: m(A[0], B), errors.ShapeError, "input 'a': found [3]; allowed: [any, 3]. Change the shape"),
+        (lambda m: m(A.T.copy(), B), errors.ShapeError, "input 'a': found [3, 2]; allowed: [any, 3]. Change the shape"),
+        (lambda m: m(A.astype("f8"), B), errors.DTypeError, "input 'a': found float64; allowed: float32. Convert it"),
+        (lambda m: m(A.astype(">f4"), B), errors.DTypeError, "input 'a': found >f4, in the other byte order;"),
+        (
+            lambda m: m(A, np.asfortranarray(B)),
+            errors.LayoutError,
+            "input 'b': found strides (4, 8) (bytes) for shape [2, 3]; allowed: contiguous memory. Make it contiguous",
+        ),
+        (lambda m: m(A, [[1, 2, 3]]), errors.DTypeError, "input 'b': found an object of type list; allowed: an array"),
+        (lambda m: m(A, None), errors.DTypeError, "input 'b': found None; allowed: an array of numpy, torch or JAX"),
+        (lambda m: m(np.ma.masked_array(A, A > 3), B), errors.LayoutError, "input 'a': found a masked array;"),
+        (lambda m: m(A, B, stream=7), errors.InferenceError, "add: onnx_cpu has no streams, so it cannot wait for"),
     ],
 )
 def test_bad_input(model, call, error, message):
-    with pytest.raises(error, match=message) as caught:
+    with pytest.raises(error, match="^" + re.escape(message)) as caught:
         call(model)
     assert caught.value.engine == "add"
     assert model.stats["calls"] == 0
@@ -515,9 +527,9 @@ def test_bad_input(model, call, error, message):
 
 
 def test_fields_of_an_input_error(model):
-    with pytest.raises(ValueError, match="wrong in dimension 1") as caught:
+    with pytest.raises(ValueError, match="found") as caught:
         model(np.zeros((2, 4), np.float32), B)
-    assert (caught.value.tensor, caught.value.found, caught.value.allowed) == ("a", "[2,4]", "[-1,3]")
+    assert (caught.value.tensor, caught.value.found, caught.value.allowed) == ("a", "[2, 4]", "[any, 3]")
     with pytest.raises(TypeError) as caught:
         model(A, B.astype(np.int32))
     assert (caught.value.tensor, caught.value.found, caught.value.allowed) == ("b", "int32", "float32")
@@ -539,9 +551,9 @@ def test_a_stranger_with_dlpack_or_on_a_device(model):
         __cuda_array_interface__ = {"shape": (2, 3)}  # noqa: RUF012
 
     np.testing.assert_array_equal(model(OnCpu(), B)["sum"], A + B)
-    with pytest.raises(errors.DeviceError, match="'a' lies on device 1 of DLPack type 2, onnx_cpu reads CPU memory"):
+    with pytest.raises(errors.DeviceError, match="'a': found device 1 of DLPack type 2; allowed: cpu"):
         model(OnGpu(), B)
-    with pytest.raises(errors.DeviceError, match="'b' lies on a CUDA device"):
+    with pytest.raises(errors.DeviceError, match="'b': found a CUDA array; allowed: cpu"):
         model(A, Cai())
 
 
@@ -576,10 +588,10 @@ def test_bfloat16_of_numpy(tmp_path, onnx_models):
     assert outputs["z"].dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(outputs["z"].view(np.uint16), x.view(np.uint16))
     assert model(x[:0])["z"].shape == (0,)
-    with pytest.raises(errors.DTypeError, match="'x' is float32, the model takes bfloat16"):
+    with pytest.raises(errors.DTypeError, match="'x': found float32; allowed: bfloat16"):
         model(x.astype(np.float32))
     target = np.zeros(4, ml_dtypes.bfloat16)
-    model(x, out={"z": target})
+    model(x, out={"y": np.zeros(4, np.float32), "z": target})
     np.testing.assert_array_equal(target.view(np.uint16), x.view(np.uint16))
 
 
@@ -591,7 +603,7 @@ def test_torch(model, tmp_path, onnx_models):
     assert torch.equal(outputs["sum"], a + b)
     assert isinstance(model(A, b)["sum"], np.ndarray)  # the first input decides
 
-    with pytest.raises(errors.GradError, match=r"'a' requires grad.*torch\.no_grad"):
+    with pytest.raises(errors.GradError, match=r"'a': found a tensor that requires grad .*torch\.no_grad"):
         model(a.clone().requires_grad_(), b)
     with torch.no_grad():
         assert torch.equal(model(a.clone().requires_grad_(), b)["sum"], a + b)
@@ -612,7 +624,7 @@ def test_torch_lazy_negation(add):
         OnnxModel(add)(lazy, torch.from_numpy(B))
     model = OnnxModel(add, on_strided="copy")
     assert torch.equal(model(lazy, torch.from_numpy(B))["sum"], torch.zeros(2, 3))
-    assert model.stats["copies"] >= 1
+    assert model.stats["strided_copies"] >= 1
 
 
 def test_jax(model):
@@ -628,7 +640,7 @@ def test_errors_cross_a_process_boundary(model):
     with pytest.raises(errors.ShapeError) as caught:
         model(np.zeros((2, 4), np.float32), B)
     twin = pickle.loads(pickle.dumps(caught.value))
-    assert (str(twin), twin.tensor, twin.found) == (str(caught.value), "a", "[2,4]")
+    assert (str(twin), twin.tensor, twin.found) == (str(caught.value), "a", "[2, 4]")
 
 
 def test_the_source_tree_is_not_what_is_tested():

@@ -87,7 +87,7 @@ class Engine:
         outputs: Literal["pooled", "fresh"] = "pooled",
         on_strided: Literal["error", "copy"] = "error",
         on_dtype: Literal["error", "cast"] = "error",
-        host: Literal["auto", "mapped", "staged"] = "auto",
+        host: Literal["auto", "mapped", "staged", "error"] = "auto",
         profile: Literal["auto"] | int = "auto",
         max_contexts: int = 1,
         timeout: float | None = None,
@@ -117,9 +117,13 @@ class Engine:
         timeout: float | None = None,
     ) -> dict[str, Any]: ...
     def prepare(
-        self, shapes: Sequence[Mapping[str, Sequence[int]]], *, dtypes: Mapping[str, str] | None = None
-    ) -> None:
-        """Warms up, captures and checks these shapes, so that no live call has to."""
+        self,
+        shapes: Sequence[Mapping[str, Sequence[int]]] | None = None,
+        *,
+        inputs: Sequence[Mapping[str, Any]] | None = None,
+        stream: Any = None,
+    ) -> list[dict[str, Any]]:
+        """Warms up, captures and checks these shapes (or these very arrays), so that no live call has to."""
     @property
     def inputs(self) -> dict[str, TensorInfo]: ...
     @property
@@ -153,8 +157,8 @@ class Engine:
         traceback: TracebackType | None,
     ) -> None: ...
 
-def pinned_empty(shape: int | Sequence[int], dtype: npt.DTypeLike = "float32") -> np.ndarray[Any, Any]:
-    """A numpy array in page-locked memory that the GPU can reach."""
+def pinned_empty(shape: int | Sequence[int], dtype: npt.DTypeLike | None = None) -> np.ndarray[Any, Any]:
+    """A numpy array (float32 if no dtype is given) in page-locked memory that the GPU can reach."""
 
 def record_stream(tensor: Any, stream: Any) -> None:
     """Says that `stream` uses `tensor`, so that its buffer is not reused before that stream has passed this point."""
@@ -163,7 +167,7 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a plan's header says, without TensorRT; raises `jetrt.errors.PlanError`."""
 
 def build_info() -> dict[str, Any]:
-    """How this extension was built: version, profile, target, features, rustc."""
+    """How this extension was built: version, profile, target, rustc, python_abi, tensorrt."""
 
 def library_info() -> dict[str, Any]:
     """Which libnvinfer and libcuda are in use, and which step of the search found them."""

@@ -32,10 +32,10 @@ class _UsageError(Exception):
 def version_text() -> str:
     """One line with everything that a bug report needs about this build."""
     info = _core.build_info()
-    features = ", ".join(info.get("features") or []) or "none"
     return (
-        f"jetrt {info['version']} ({info['profile']} build for {info['target']}, features: {features}, "
-        f"rustc {info.get('rustc') or 'unknown'}; Python {platform.python_version()}, numpy {np.__version__})"
+        f"jetrt {info['version']} ({info['profile']} build for {info['target']}, {info['rustc']}, "
+        f"{info['python_abi']}; Python {platform.python_version()}, numpy {np.__version__}; "
+        f"runs TensorRT {info['tensorrt']})"
     )
 
 

@@ -20,9 +20,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def dims(shape: Sequence[int]) -> str:
-    """`[1,3,-1]`; -1 is a dynamic dimension."""
-    return "[" + ",".join(map(str, shape)) + "]"
+def dims(shape: Sequence[object]) -> str:
+    """`[1, 3, -1]`; -1 is a dynamic dimension."""
+    return "[" + ", ".join(map(str, shape)) + "]"
 
 
 def io_table(model: Model) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +28,14 @@ from ..errors import (
     EngineDeserializeError,
     GradError,
     InferenceError,
+    InputError,
     InputNameError,
     JetrtError,
     LayoutError,
     OutOfMemoryError,
     ShapeError,
 )
+from ..report import dims
 from ..runtime import BuildConfig, EngineCacheEntry
 from ._file import FileRuntime
 
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     Array = npt.NDArray[Any]
+
+_InputErrorT = TypeVar("_InputErrorT", bound=InputError)
 
 
 class OnnxCpuRuntime(FileRuntime):
@@ -146,12 +151,8 @@ class OnnxTensorInfo:
         return self.profiles
 
 
-def _dims(shape: Sequence[int]) -> str:
-    return "[" + ",".join(map(str, shape)) + "]"
-
-
 def _signature(tensors: Mapping[str, OnnxTensorInfo]) -> str:
-    return ", ".join(f"{t.name} {t.dtype}{_dims(t.shape)}" for t in tensors.values()) or "none"
+    return ", ".join(f"{t.name} {t.dtype}{dims(t.shape)}" for t in tensors.values()) or "none"
 
 
 # --------------------------------------------------------------------------------------------------------- model
@@ -185,7 +186,8 @@ class OnnxModel:
         self._path = Path(path)
         self._on_strided = on_strided
         self._on_dtype = on_dtype
-        self._calls = self._copies = self._casts = 0
+        self._stats = {"calls": 0, "strided_copies": 0, "casts": 0}
+        self._lock = threading.Lock()
         self._session: Any = _open_session(self._path, threads)
         self._inputs = {t.name: t for t in map(self._describe("input"), self._session.get_inputs())}
         self._outputs = {t.name: t for t in map(self._describe("output"), self._session.get_outputs())}
@@ -225,7 +227,8 @@ class OnnxModel:
     @property
     def stats(self) -> dict[str, Any]:
         """Calls, and the copies and casts that a policy allowed."""
-        return {"calls": self._calls, "copies": self._copies, "casts": self._casts}
+        with self._lock:
+            return dict(self._stats)
 
     def __repr__(self) -> str:
         state = " closed" if self.closed else ""
@@ -256,7 +259,9 @@ class OnnxModel:
         named = self._by_position(args) if args else {}
         for name in inputs:
             if name in named:
-                raise self._name_error(f"input {name!r} is given twice, by position and by name", name)
+                raise self._given(name).refused(
+                    InputNameError, "the input twice (by position and by name)", "once", "Remove one of the two."
+                )
         return self.run({**named, **inputs}, stream=stream, out=out, synchronize=synchronize, timeout=timeout)
 
     def run(
@@ -283,19 +288,18 @@ class OnnxModel:
         self._check_names(named)
 
         held = {name: self._take(info, named[name]) for name, info in self._inputs.items()}
-        targets = {name: self._target(name, value) for name, value in (out or {}).items()}
-        bound = [f"{name} {self._inputs[name].dtype}{_dims(array.shape)}" for name, array in held.items()]
+        targets = {} if out is None else self._targets(out)
+        bound = [f"{name} {self._inputs[name].dtype}{dims(array.shape)}" for name, array in held.items()]
         results = self._execute(session, held, targets, bound)
 
-        self._calls += 1
+        self._count("calls")
+        if out is not None:
+            return {name: out[name] for name in self._outputs}
         convert = _exporter(next(iter(named.values()), None))
-        answer: dict[str, Any] = {}
-        for name, info in self._outputs.items():
-            if out is not None and name in out:
-                answer[name] = out[name]
-            else:
-                answer[name] = convert(results[name], _BY_NAME[info.dtype], f"{self.name}: output {name!r}")
-        return answer
+        return {
+            name: convert(results[name], _BY_NAME[info.dtype], f"{self.name}: output {name!r}")
+            for name, info in self._outputs.items()
+        }
 
     def _execute(
         self, session: Any, held: Mapping[str, Array], targets: Mapping[str, Array], bound: list[str]
@@ -355,121 +359,121 @@ class OnnxModel:
 
         return describe
 
-    def _name_error(self, what: str, tensor: str | None) -> InputNameError:
-        return InputNameError(
-            f"{self.name}: {what}. The inputs are {_signature(self._inputs)}.",
-            engine=self.name,
-            tensor=tensor,
-            allowed=list(self._inputs),
-        )
+    def _given(self, tensor: str) -> _Given:
+        return _Given(self.name, "input" if tensor in self._inputs or tensor not in self._outputs else "output", tensor)
 
     def _by_position(self, values: Sequence[Any]) -> dict[str, Any]:
-        if len(values) > len(self._inputs):
-            raise self._name_error(f"{len(values)} inputs are given, it has {len(self._inputs)}", None)
+        count = len(self._inputs)
+        if len(values) > count:
+            raise self._given(f"#{count}").refused(
+                InputNameError,
+                f"{len(values)} positional inputs",
+                f"{count}: {', '.join(self._inputs)}",
+                "Pass one array per input, in this order or by name.",
+            )
         return dict(zip(self._inputs, values, strict=False))
 
     def _check_names(self, named: Mapping[str, Any]) -> None:
         for name in named:
             if name not in self._inputs:
-                raise self._name_error(f"there is no input {name!r}", name)
-        for name in self._inputs:
+                raise self._given(name).refused(
+                    InputNameError,
+                    "no input of that name",
+                    ", ".join(self._inputs),
+                    "Check the spelling; model.inputs lists them.",
+                )
+        for name, info in self._inputs.items():
             if name not in named:
-                raise self._name_error(f"input {name!r} is missing", name)
+                raise self._given(name).refused(
+                    InputNameError,
+                    "nothing (the input is missing)",
+                    f"{info.dtype}{dims(info.shape)}",
+                    f"Pass all of: {', '.join(self._inputs)}.",
+                )
 
     def _take(self, info: OnnxTensorInfo, value: Any) -> Array:
         """The value as a contiguous array in the storage type of the input, checked; copied or cast only by policy."""
-        where = f"{self.name}: input {info.name!r}"
-        array, found = _import(value, where, self.name, info.name, self._copy_allowed)
-        want = _BY_NAME[info.dtype]
-        self._check_shape(info, array.shape, where)
+        given = self._given(info.name)
+        array, found = _import(value, given, self._copy)
+        _check_shape(given, info, array.shape)
+        strided = not array.flags.c_contiguous or not array.flags.aligned
+        if strided:
+            self._copy(given, f"strides {array.strides} (bytes) for shape {dims(array.shape)}")
         if found != info.dtype:
-            if self._on_dtype == "error" or found == "bfloat16" or info.dtype == "bfloat16":
-                raise DTypeError(
-                    f"{where} is {found}, the model takes {info.dtype}. "
-                    + (
-                        "Convert it before the call."
-                        if self._on_dtype == "cast"
-                        else 'Convert it, or load the model with on_dtype="cast".'
-                    ),
-                    engine=self.name,
-                    tensor=info.name,
-                    found=found,
-                    allowed=info.dtype,
-                )
-            array = array.astype(want.storage)
-            self._casts += 1
-        if not array.flags.c_contiguous or not array.flags.aligned:
-            self._copy_allowed(where, info.name, f"strides {array.strides} (bytes) for shape {_dims(array.shape)}")
-            array = np.array(array, order="C", copy=True)
-        return array
+            if self._on_dtype == "error":
+                step = 'Convert it once where it is made, or load with on_dtype="cast" to convert it at each call.'
+                raise given.refused(DTypeError, found, info.dtype, step)
+            if "bfloat16" in (found, info.dtype):
+                raise given.refused(DTypeError, found, info.dtype, "onnx_cpu casts no bfloat16: convert it yourself.")
+            self._count("casts")
+            with np.errstate(invalid="ignore"):  # what NaN becomes as an integer is undefined here as it is in torch
+                return array.astype(_BY_NAME[info.dtype].storage, order="C")
+        return np.array(array, order="C", copy=True) if strided else array
 
-    def _copy_allowed(self, where: str, tensor: str, found: str) -> None:
+    def _copy(self, given: _Given, found: str) -> None:
+        """Counts a copy that the policy allows, and refuses it otherwise."""
         if self._on_strided == "error":
-            raise LayoutError(
-                f'{where} is not contiguous: {found}. Make it contiguous, or load the model with on_strided="copy".',
-                engine=self.name,
-                tensor=tensor,
-                found=found,
-                allowed="contiguous",
-            )
-        self._copies += 1
-
-    def _check_shape(self, info: OnnxTensorInfo, shape: Sequence[int], where: str) -> None:
-        if len(shape) == len(info.shape) and all(
-            want in (-1, got) for want, got in zip(info.shape, shape, strict=True)
-        ):
-            return
-        if len(shape) != len(info.shape):
-            what = f"has rank {len(shape)}, shape {_dims(shape)}"
-        else:
-            axis = next(i for i, want in enumerate(info.shape) if want not in (-1, shape[i]))
-            what = f"has shape {_dims(shape)}, wrong in dimension {axis}"
-        raise ShapeError(
-            f"{where} {what}; allowed is {_dims(info.shape)} (-1: any size).",
-            engine=self.name,
-            tensor=info.name,
-            found=_dims(shape),
-            allowed=_dims(info.shape),
-        )
+            step = 'Make it contiguous once, or load with on_strided="copy" to copy it at each call.'
+            raise given.refused(LayoutError, found, "contiguous memory", step)
+        self._count("strided_copies")
 
     def _target(self, name: str, value: Any) -> Array:
-        info = self._outputs.get(name)
-        if info is None:
-            raise InputNameError(
-                f"{self.name}: out= names {name!r}; the outputs are {_signature(self._outputs)}.",
-                engine=self.name,
-                tensor=name,
-                allowed=list(self._outputs),
-            )
-        where = f"{self.name}: out={name!r}"
+        info = self._outputs[name]
+        given = self._given(name)
 
-        def refuse(_where: str, _tensor: str, found: str) -> None:
-            raise self._target_layout(where, name, found)
+        def refuse(given: _Given, found: str) -> None:
+            raise given.refused(LayoutError, found, "contiguous memory that can be written", "Give such a tensor.")
 
-        array, found = _import(value, where, self.name, name, refuse)
-        self._check_shape(info, array.shape, where)
+        array, found = _import(value, given, refuse)
+        _check_shape(given, info, array.shape)
         if found != info.dtype:
-            raise DTypeError(
-                f"{where} is {found}, the model writes {info.dtype}. Give a tensor of that type.",
-                engine=self.name,
-                tensor=name,
-                found=found,
-                allowed=info.dtype,
-            )
-        if not array.flags.c_contiguous:
-            raise self._target_layout(where, name, f"strides {array.strides} (bytes)")
+            raise given.refused(DTypeError, found, info.dtype, "Give a tensor of that type.")
+        if not array.flags.c_contiguous or not array.flags.aligned:
+            refuse(given, f"strides {array.strides} (bytes) for shape {dims(array.shape)}")
         if not array.flags.writeable:
-            raise self._target_layout(where, name, "read-only memory")
+            refuse(given, "read-only memory")
         return array
 
-    def _target_layout(self, where: str, tensor: str, found: str) -> LayoutError:
-        return LayoutError(
-            f"{where} has {found}. Give contiguous memory that can be written.",
-            engine=self.name,
-            tensor=tensor,
+    def _targets(self, out: Mapping[str, Any]) -> dict[str, Array]:
+        for name in out:
+            if name not in self._outputs:
+                raise self._given(name).refused(
+                    InputNameError, "no output of that name in out=", ", ".join(self._outputs), "Check the spelling."
+                )
+        for name in self._outputs:
+            if name not in out:
+                raise self._given(name).refused(
+                    InputNameError, "nothing in out=", "a tensor for every output", "Add it to out=."
+                )
+        return {name: self._target(name, value) for name, value in out.items()}
+
+    def _count(self, what: str) -> None:
+        with self._lock:
+            self._stats[what] += 1
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Where a value was given; what an error about it names."""
+
+    engine: str
+    kind: str
+    tensor: str
+
+    def refused(self, error: type[_InputErrorT], found: str, allowed: str, next_step: str) -> _InputErrorT:
+        return error(
+            f"{self.kind} {self.tensor!r}: found {found}; allowed: {allowed}. {next_step}",
+            engine=self.engine,
+            tensor=self.tensor,
             found=found,
-            allowed="contiguous and writeable",
+            allowed=allowed,
         )
+
+
+def _check_shape(given: _Given, info: OnnxTensorInfo, shape: Sequence[int]) -> None:
+    if len(shape) != len(info.shape) or any(want not in (-1, got) for want, got in zip(info.shape, shape, strict=True)):
+        allowed = dims(["any" if size < 0 else size for size in info.shape])
+        raise given.refused(ShapeError, dims(shape), allowed, "Change the shape, or export the model with others.")
 
 
 def _open_session(path: Path, threads: int | None) -> Any:
@@ -506,34 +510,27 @@ def _open_session(path: Path, threads: int | None) -> Any:
 # ------------------------------------------------------------------------------- arrays of other libraries, in, out
 
 
-def _import(
-    value: Any, where: str, engine: str, tensor: str, copy_allowed: Callable[[str, str, str], None]
-) -> tuple[Array, str]:
-    """The value as a numpy array over the same memory, and the name of its element type."""
+def _import(value: Any, given: _Given, copy: Callable[[_Given, str], None]) -> tuple[Array, str]:
+    """The value as a numpy array over the same memory, and the name of its element type. `copy` is asked before a copy
+    that cannot be avoided."""
 
     def on_device(found: str) -> DeviceError:
-        return DeviceError(
-            f"{where} lies on {found}, onnx_cpu reads CPU memory. Move it to the CPU first.",
-            engine=engine,
-            tensor=tensor,
-            found=found,
-            allowed="cpu",
-        )
+        return given.refused(DeviceError, found, "cpu", "Move it to the CPU first.")
 
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
         if value.device.type != "cpu":
             raise on_device(str(value.device))
         if value.requires_grad and torch.is_grad_enabled():
-            raise GradError(
-                f"{where} requires grad, and the model would cut it off the autograd graph. "
-                "Call under torch.no_grad(), or detach it.",
-                engine=engine,
-                tensor=tensor,
+            raise given.refused(
+                GradError,
+                "a tensor that requires grad while grad mode is on",
+                "no autograd",
+                "Call under torch.no_grad() or torch.inference_mode(), or pass x.detach().",
             )
         value = value.detach()
         if value.is_neg() or value.is_conj():  # lazy bits that the memory does not show
-            copy_allowed(where, tensor, "a lazily negated or conjugated view")
+            copy(given, "a lazily negated or conjugated view")
             value = value.resolve_neg().resolve_conj()
         if value.dtype == torch.bfloat16:
             return value.view(torch.int16).numpy().view(np.uint16), "bfloat16"
@@ -545,34 +542,20 @@ def _import(
             if int(kind) not in (1, 3):  # kDLCPU, kDLCUDAHost
                 raise on_device(f"device {index} of DLPack type {int(kind)}")
         elif hasattr(value, "__cuda_array_interface__"):
-            raise on_device("a CUDA device")
+            raise on_device("a CUDA array")
         elif not hasattr(value, "__array__"):
-            raise DTypeError(
-                f"{where} is a {type(value).__name__}. Give an array: numpy, torch, or an object with __dlpack__.",
-                engine=engine,
-                tensor=tensor,
-                found=type(value).__name__,
-                allowed="an array",
-            )
+            allowed = "an array of numpy, torch or JAX, or an object with __dlpack__ or __array__"
+            found = "None" if value is None else f"an object of type {type(value).__name__}"
+            raise given.refused(DTypeError, found, allowed, "Wrap it: numpy.asarray(x, dtype=...).")
         # numpy's own import of DLPack knows no bfloat16 and is missing before 1.23; __array__ serves both.
         value = np.asarray(value) if hasattr(value, "__array__") else np.from_dlpack(value)
     if isinstance(value, np.ma.MaskedArray):
-        raise LayoutError(
-            f"{where} is a masked array, and the model would not see its mask. Fill it first: x.filled(…).",
-            engine=engine,
-            tensor=tensor,
-            found="a masked array",
-            allowed="an array in which every element counts",
-        )
+        allowed = "an array in which every element counts"
+        raise given.refused(LayoutError, "a masked array", allowed, "Fill it first: x.filled(...).")
     array = np.asarray(value)
     if not array.dtype.isnative:
-        raise DTypeError(
-            f"{where} is {array.dtype.str}, in the other byte order. Convert it with astype(dtype.newbyteorder('=')).",
-            engine=engine,
-            tensor=tensor,
-            found=array.dtype.str,
-            allowed="native byte order",
-        )
+        found = f"{array.dtype.str}, in the other byte order"
+        raise given.refused(DTypeError, found, "native byte order", "Convert it: x.astype(x.dtype.newbyteorder('=')).")
     return _named(array)
 
 
