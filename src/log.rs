@@ -2,6 +2,7 @@
 //! anyway. Nothing here takes the GIL or blocks on Python, so a logging worker thread of TensorRT can never deadlock.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Mutex;
 use std::thread::{self, ThreadId};
 
@@ -49,25 +50,29 @@ pub struct Line {
 /// Drops its oldest line when full and counts what was dropped before Python saw it.
 pub struct Queue {
     inner: Mutex<Inner>,
+    /// Number of the next line, and whether Python has something to read: asked at every call, so without the lock.
+    next: AtomicU64,
+    waiting: AtomicBool,
     capacity: usize,
 }
 
 struct Inner {
     lines: VecDeque<Line>,
-    next: u64,
     drained: u64,
     lost: u64,
 }
 
 impl Queue {
     pub const fn new(capacity: usize) -> Queue {
+        let inner = Inner {
+            lines: VecDeque::new(),
+            drained: 0,
+            lost: 0,
+        };
         Queue {
-            inner: Mutex::new(Inner {
-                lines: VecDeque::new(),
-                next: 0,
-                drained: 0,
-                lost: 0,
-            }),
+            inner: Mutex::new(inner),
+            next: AtomicU64::new(0),
+            waiting: AtomicBool::new(false),
             capacity,
         }
     }
@@ -84,8 +89,8 @@ impl Queue {
                 q.lost += u64::from(old.number >= q.drained);
             }
         }
-        let number = q.next;
-        q.next += 1;
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        self.waiting.store(true, Ordering::Release);
         q.lines.push_back(Line {
             severity,
             text,
@@ -95,8 +100,9 @@ impl Queue {
     }
 
     /// A point in time, for [`Queue::since`].
+    #[inline]
     pub fn mark(&self) -> u64 {
-        self.lock().next
+        self.next.load(Ordering::Relaxed)
     }
 
     /// Warnings and errors logged since the mark: those of this thread, and, when it logged none, those of any thread
@@ -122,12 +128,10 @@ impl Queue {
     /// The lines that Python has not seen yet, and how many were lost before it could.
     pub fn drain(&self) -> (Vec<(Severity, String)>, u64) {
         let mut q = self.lock();
+        self.waiting.store(false, Ordering::Release);
         let lost = std::mem::take(&mut q.lost);
-        if q.drained == q.next {
-            return (Vec::new(), lost);
-        }
         let from = q.drained;
-        q.drained = q.next;
+        q.drained = self.next.load(Ordering::Relaxed);
         let lines = q
             .lines
             .iter()
@@ -137,10 +141,10 @@ impl Queue {
         (lines, lost)
     }
 
-    /// Is there anything to drain? One uncontended lock: cheap enough for every call.
+    /// Is there anything to drain?
+    #[inline]
     pub fn pending(&self) -> bool {
-        let q = self.lock();
-        q.drained != q.next || q.lost != 0
+        self.waiting.load(Ordering::Acquire)
     }
 }
 

@@ -202,9 +202,9 @@ impl Executor {
     pub fn closed_error(&self) -> Error {
         Error::new(
             Kind::Closed,
-            format!("engine '{}' is closed. Load it again to use it.", self.engine.name),
+            format!("engine '{}' is closed. Load it again to use it.", self.engine.label),
         )
-        .with("engine", self.engine.name.clone())
+        .with("engine", self.engine.label.clone())
     }
 
     fn checkout(&self, stream: Option<u64>, timeout: Option<Duration>) -> Result<Guard<'_>> {
@@ -246,7 +246,7 @@ impl Executor {
     /// What was bound goes into the exception of a call that TensorRT or CUDA refused.
     #[cold]
     fn explain(&self, e: Error, call: &Call<'_>, mark: u64) -> Error {
-        let e = e.with("engine", self.engine.name.clone());
+        let e = e.with("engine", self.engine.label.clone());
         if !matches!(e.kind(), Kind::Inference | Kind::Cuda | Kind::OutOfMemory) {
             return e;
         }
@@ -263,7 +263,7 @@ impl Executor {
         };
         e.context(format!(
             "engine '{}' with {}",
-            self.engine.name,
+            self.engine.label,
             if bound.is_empty() { "no inputs".into() } else { bound.join(", ") }
         ))
         .with("bound", bound)
@@ -1376,6 +1376,7 @@ impl Executor {
         drop(std::mem::take(&mut *locked(&self.for_captures)));
         drop(std::mem::take(&mut *locked(&self.pinned_for_captures)));
         self.pool.close();
+        self.engine.release();
     }
 }
 

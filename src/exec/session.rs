@@ -269,7 +269,8 @@ pub struct Sessions {
 
 #[derive(Default)]
 struct Inner {
-    free: Vec<Session>,
+    /// Boxed: a session is large, and is moved in and out at every call.
+    free: Vec<Box<Session>>,
     made: usize,
     /// Callers that wait: nobody is woken (a system call) when there is none.
     waiting: usize,
@@ -320,7 +321,7 @@ impl Sessions {
                 drop(inner);
                 return match make() {
                     Ok(s) => Ok(Guard {
-                        session: Some(s),
+                        session: Some(Box::new(s)),
                         pool: self,
                     }),
                     Err(e) => {
@@ -356,7 +357,7 @@ impl Sessions {
     }
 
     /// No further checkouts; waits for those under way and gives all sessions out, to be dropped.
-    pub fn close(&self) -> Vec<Session> {
+    pub fn close(&self) -> Vec<Box<Session>> {
         let mut inner = self.lock();
         inner.closed = true;
         self.returned.notify_all();
@@ -372,7 +373,7 @@ impl Sessions {
 
 /// A checked-out session; goes back on drop.
 pub struct Guard<'a> {
-    session: Option<Session>,
+    session: Option<Box<Session>>,
     pool: &'a Sessions,
 }
 

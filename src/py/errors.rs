@@ -4,7 +4,7 @@ use crate::error::{Error, Field, Kind};
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyDict, PyModule, PyType};
+use pyo3::types::{PyDict, PyModule};
 
 impl From<Error> for PyErr {
     fn from(e: Error) -> PyErr {

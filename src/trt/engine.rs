@@ -13,7 +13,7 @@ use crate::error::{Error, Kind, Result};
 use crate::shape::{Dims, Range};
 use std::ffi::{c_char, c_void, CStr, CString};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// One input or output.
@@ -75,11 +75,19 @@ pub struct Loading<'a> {
     pub verify: bool,
 }
 
-/// A deserialised engine. Fields drop in order: the engine before the runtime that made it.
+/// TensorRT's objects of one engine. Fields drop in order: the engine before the runtime that made it.
+#[derive(Debug)]
+struct Handle {
+    engine: Object,
+    _runtime: Object,
+}
+
+/// A deserialised engine: its tables, and TensorRT's objects until `release`.
 #[derive(Debug)]
 pub struct Engine {
-    object: Object,
-    _runtime: Object,
+    handle: Mutex<Option<Handle>>,
+    /// The plan's path, for messages: most engines are called "Unnamed Network 0".
+    pub label: String,
     pub lib: &'static Library,
     pub device: &'static Device,
     pub name: String,
@@ -137,8 +145,8 @@ impl Engine {
         let object = Object::new(made?).ok_or_else(|| not_deserialised(plan, lib, lines.clone()))?;
         report.warnings = lines;
         let mut engine = Engine {
-            object,
-            _runtime: runtime,
+            handle: Mutex::new(None),
+            label: plan.path.display().to_string(),
             lib,
             device,
             name: String::new(),
@@ -148,14 +156,18 @@ impl Engine {
             aux_streams: 0,
             layers: 0,
         };
-        engine.read_tables().map_err(|e| e.context(plan.path.display()))?;
+        let handle = Handle {
+            engine: object,
+            _runtime: runtime,
+        };
+        engine.read_tables(&handle.engine).map_err(|e| e.context(plan.path.display()))?;
+        engine.handle = Mutex::new(Some(handle));
         report.seconds = start.elapsed().as_secs_f64();
         Ok((engine, report))
     }
 
-    fn read_tables(&mut self) -> Result<()> {
+    fn read_tables(&mut self, o: &Object) -> Result<()> {
         let lib = self.lib;
-        let o = &self.object;
         // SAFETY: the signatures are those of VCudaEngine in abi/vtables.csv; a name that TensorRT gives is a NUL-terminated string that lives as long as the engine.
         unsafe {
             self.name = text(call!(lib, o, slot::GET_NAME, fn() -> *const c_char)?);
@@ -177,15 +189,15 @@ impl Engine {
                         format!("TensorRT gives no name for tensor {i} of {n}"),
                     ));
                 }
-                io.push(self.read_tensor(CStr::from_ptr(name).to_owned())?);
+                io.push(self.read_tensor(o, CStr::from_ptr(name).to_owned())?);
             }
             self.io = io;
         }
         Ok(())
     }
 
-    fn read_tensor(&self, c_name: CString) -> Result<IoTensor> {
-        let (lib, o) = (self.lib, &self.object);
+    fn read_tensor(&self, o: &Object, c_name: CString) -> Result<IoTensor> {
+        let lib = self.lib;
         let p = c_name.as_ptr();
         let name = c_name.to_string_lossy().into_owned();
         let unreadable = |what: &str| Error::new(Kind::Deserialize, format!("tensor '{name}': TensorRT {} gives {what}", lib.version));
@@ -246,11 +258,15 @@ impl Engine {
         };
         let mark = crate::log::TENSORRT.mark();
         let _entered = self.device.enter()?;
+        let handle = self.handle.lock().unwrap_or_else(|e| e.into_inner());
+        let Some(handle) = &*handle else {
+            return Err(Error::new(Kind::Closed, format!("{}: this engine is closed", self.label)).with("engine", self.label.clone()));
+        };
         // SAFETY: VCudaEngine::createExecutionContext(ExecutionContextAllocationStrategy), an int enum.
         let made = unsafe {
             call!(
                 self.lib,
-                self.object,
+                handle.engine,
                 slot::CREATE_EXECUTION_CONTEXT,
                 fn(i32) -> *mut c_void,
                 strategy
@@ -260,13 +276,21 @@ impl Engine {
             let e = refused(
                 format!(
                     "{}: TensorRT could not create an execution context ({} bytes of device memory)",
-                    self.name, self.device_memory
+                    self.label, self.device_memory
                 ),
                 mark,
             );
             self.maybe_out_of_memory(e, self.device_memory)
         })?;
         Context::new(object, Arc::clone(self))
+    }
+
+    /// Frees TensorRT's engine. Every context must be gone: they are destroyed before their engine.
+    pub fn release(&self) {
+        let handle = self.handle.lock().unwrap_or_else(|e| e.into_inner()).take();
+        if let (Some(handle), Ok(_entered)) = (handle, self.device.enter()) {
+            drop(handle);
+        }
     }
 
     /// TensorRT reports a failed allocation only in its log: make the typed error of it.

@@ -78,7 +78,7 @@ def test_negative_strides_on_the_device(load, engines) -> None:
     tensor = reference.make("torch", x)
     flipped = Interface(tensor, (8, 64), (-256, 4), "<f4", offset=7 * 256)
     y = load("mlp", on_strided="copy")(x=flipped)["y"]
-    reference.check("mlp", engines, np.ascontiguousarray(x[::-1]), np.asarray(y))
+    reference.check("mlp", engines, np.ascontiguousarray(x[::-1]), y.numpy())
 
 
 def test_pitched_camera_frame(load, engines) -> None:
@@ -90,7 +90,7 @@ def test_pitched_camera_frame(load, engines) -> None:
     with pytest.raises(errors.LayoutError, match="x"):
         load("conv_fp16")(x=frame)
     y = load("conv_fp16", on_strided="copy")(x=frame)["y"]
-    reference.check("conv_fp16", engines, x, np.asarray(y))
+    reference.check("conv_fp16", engines, x, y.numpy())
 
 
 def test_camera_frame_of_bytes_height_width_channel(load, engines) -> None:
@@ -102,7 +102,7 @@ def test_camera_frame_of_bytes_height_width_channel(load, engines) -> None:
     frame = Interface(memory, (1, 3, 64, 64), (64 * pitch, 1, pitch, 3), "|u1")
     y = load("conv_fp16", on_strided="copy", on_dtype="cast")(x=frame)["y"]
     x = pixels.transpose(2, 0, 1)[None].astype(np.float32)
-    reference.check("conv_fp16", engines, x, np.asarray(y))
+    reference.check("conv_fp16", engines, x, y.numpy())
 
 
 # ---- on_dtype="cast" --------------------------------------------------------------------------------------------
