@@ -347,7 +347,6 @@ def test_both_runtimes_answer_and_refuse_alike(tmp_path, onnx_models):
         lambda m: m(a, [1.0]),
         lambda m: m(a, None),
         lambda m: m(a, np.ma.masked_array(b, b > 3)),
-        lambda m: m(a, b, out={}),
         lambda m: m(a, b, out={"y": b.astype(np.float64)}),
         lambda m: m(a, b, out={"y": np.asfortranarray(b)}),
     ):
