@@ -47,7 +47,7 @@ def test_bit_for_bit(load, engines, name: str, graphs: str) -> None:
     trt = bindings()
     for n in reference.SIZES[name]:
         if name == "dit5":
-            inputs = reference.dit5_inputs("torch", n, seed=n)
+            inputs = {k: reference.make("torch", v) for k, v in reference.dit5_inputs(n, seed=n).items()}
         else:
             inputs = {"x": reference.make("torch", reference.random_input(name, n, seed=n))}
         expected = run_binding(trt, engines / f"{name}.engine", inputs)
