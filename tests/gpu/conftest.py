@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+# JAX would take most of the GPU's memory at its first use.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 HERE = Path(__file__).parent
 PLANS = ("dit5.engine", "mlp.engine", "conv_fp16.engine", "nonzero.engine")
 

@@ -204,4 +204,4 @@ def test_more_elements_than_32_bits_count(kernel) -> None:
     y = kernel(x, torch.int8)
     assert y[-5:].tolist() == [1, 2, 3, 4, 5]
     assert y[1 << 32].item() == 77
-    assert int(y[: 1 << 32].count_nonzero()) == 0
+    assert not any(bool(part.any()) for part in y[: 1 << 32].split(1 << 28))

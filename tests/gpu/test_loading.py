@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import hashlib
 import subprocess
 import sys
 
@@ -46,16 +47,31 @@ except jetrt.errors.EngineDeserializeError as error:
 """
 
 
-@pytest.mark.parametrize("at", [100, 2000, 20_000])
-def test_damaged_plan_is_refused_or_loads(engines, tmp_path, at) -> None:
-    """The header is right, so TensorRT sees it: it may refuse (its words travel in the error), never crash."""
+def damage(engines, tmp_path, at: int):
     plan = bytearray((engines / "mlp.engine").read_bytes())
     plan[at : at + 64] = b"\xff" * 64
     path = tmp_path / "damaged.engine"
     path.write_bytes(plan)
+    return path
+
+
+@pytest.mark.parametrize("at", [100, 20_000])
+def test_damaged_plan_is_refused_or_loads(engines, tmp_path, at) -> None:
+    """The header is right, so TensorRT sees it, and may refuse it: its words travel in the error."""
+    path = damage(engines, tmp_path, at)
     done = subprocess.run([sys.executable, "-c", DAMAGED, str(path)], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert not done.stdout or "damaged.engine" in done.stdout
+
+
+def test_checksum_catches_damage_that_crashes_tensorrt(engines, tmp_path) -> None:
+    """TensorRT 10.6 itself dies of SIGSEGV on this one: the checksum beside the plan is read before."""
+    path = damage(engines, tmp_path, 2000)
+    digest = hashlib.sha256((engines / "mlp.engine").read_bytes()).hexdigest()
+    path.with_name(path.name + ".sha256").write_text(f"{digest}  mlp.engine\n")
+    done = subprocess.run([sys.executable, "-c", DAMAGED, str(path)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "its SHA-256 is" in done.stdout
 
 
 def test_plan_with_a_sha256_beside_it(engines, tmp_path) -> None:

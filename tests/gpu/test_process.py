@@ -67,8 +67,11 @@ EXITS = {
         import threading, time
         engine = jetrt.Engine(plan)
         def loop():
-            while True:
-                engine(x=x)
+            try:
+                while True:
+                    engine(x=x)
+            except jetrt.errors.ClosedEngineError:
+                pass  # jetrt closes the engines that are left at exit
         threading.Thread(target=loop, daemon=True).start()
         time.sleep(0.2)
     """,
@@ -144,4 +147,5 @@ def test_nothing_is_written_beside_the_plan_or_at_home(engines, tmp_path) -> Non
     done = run(engines, "jetrt.Engine(plan)(x=x)", HOME=str(home), XDG_CACHE_HOME=str(home / "cache"))
     assert done.returncode == 0, done.stderr
     assert {p.name for p in engines.iterdir()} == before
-    assert not list(home.iterdir())
+    # .nv is where CUDA's driver keeps what it compiled from PTX.
+    assert {p.name for p in home.iterdir()} <= {".nv"}
