@@ -275,6 +275,9 @@ impl Executor {
                 return self.run_into_capture(call, handle, id);
             }
         }
+        if let Some(done) = self.replay_at_once(call)? {
+            return Ok(done);
+        }
         let mut session = self.checkout(call.stream, call.timeout)?;
         let out = self.run_on(&mut session, call);
         if out.is_err() {
@@ -282,6 +285,75 @@ impl Executor {
             session.context.forget();
         }
         out
+    }
+
+    /// The steady state of graphs: inputs that are bound as they are, a graph for their addresses, nobody holding its outputs.
+    /// Needs no session. `None`: not that case.
+    fn replay_at_once(&self, call: &Call<'_>) -> Result<Option<Finished>> {
+        let (Some(stream), Outputs::Engine) = (call.stream, call.outputs) else {
+            return Ok(None);
+        };
+        if self.graphs_off || self.has_host_inputs || self.options.memory.is_some() || call.inputs.len() > 16 {
+            return Ok(None);
+        }
+        let mut addresses = [0u64; 16];
+        for (k, v) in call.inputs.iter().enumerate() {
+            if !is_ready(self.input(k), v, self.device.ordinal) {
+                return Ok(None);
+            }
+            addresses[k] = v.ptr;
+        }
+        let resolved = {
+            let signatures = locked(&self.signatures);
+            let same = |r: &&Arc<Resolved>| r.dims.iter().zip(call.inputs).all(|(d, v)| *d == v.dims);
+            match signatures.list.iter().find(same) {
+                Some(r) => Arc::clone(r),
+                None => return Ok(None),
+            }
+        };
+        let key = KeyRef {
+            shapes: resolved.id,
+            addresses: &addresses[..call.inputs.len()],
+            host_outputs: call.to_host,
+        };
+        let mut graphs = locked(&self.graphs);
+        let Some(i) = graphs.free(key) else { return Ok(None) };
+        let stream = Stream::borrowed(stream);
+        let entry = graphs.entry(i);
+        if !self.order_replay(entry, &stream)? {
+            return Ok(None);
+        }
+        entry.graph.launch(&stream)?;
+        let outputs = self.replayed(entry, &resolved);
+        // A wait for the result must not hold up other threads' replays.
+        drop(graphs);
+        self.finish(call, outputs, &stream).map(Some)
+    }
+
+    /// Puts `stream` behind everybody who may still read what this graph will overwrite. False when that is impossible
+    /// now, because one of those streams is being captured.
+    fn order_replay(&self, entry: &mut Entry, stream: &Stream) -> Result<bool> {
+        let alone = self.seen.note(stream.handle());
+        if !alone || entry.set.buffers.iter().any(|b| b.has_announced()) {
+            // Readers of the last result that were on another stream, and the last replay itself.
+            let mut announced: Vec<u64> = entry.set.buffers.iter().flat_map(|b| b.take_announced()).collect();
+            announced.push(entry.last_stream);
+            if !self.seen.order_after_all(stream, &announced)? {
+                return Ok(false);
+            }
+        }
+        entry.last_stream = stream.handle();
+        Ok(true)
+    }
+
+    /// The outputs of a graph that was just launched.
+    fn replayed(&self, entry: &Entry, resolved: &Resolved) -> Vec<OwnedTensor> {
+        Stats::add(&self.stats.replays, 1);
+        let owned = |(k, plan): (usize, &OutputPlan)| {
+            let b = &entry.set.buffers[k];
+            self.owned(k, b.ptr(), b.host(), plan.dims, Arc::clone(&entry.set) as Arc<OutputSet>)
+        };
+        resolved.outputs.iter().enumerate().map(owned).collect()
     }
 
     /// The resolved shapes of these inputs, checked. In the steady state this compares, and computes nothing.
@@ -450,10 +522,10 @@ impl Executor {
                     let mut graphs = locked(&self.graphs);
                     match graphs.decide(key) {
                         Decision::Replay(i) => {
-                            let (outputs, stream) = self.replay(session, graphs.entry(i), &resolved, call, &staged)?;
-                            // A wait for the result must not hold up other threads' replays.
-                            drop(graphs);
-                            return self.finish(call, outputs, &stream);
+                            if let Some((outputs, stream)) = self.replay(session, graphs.entry(i), &resolved, call, &staged)? {
+                                drop(graphs);
+                                return self.finish(call, outputs, &stream);
+                            }
                         }
                         Decision::Capture => capture = true,
                         Decision::Eager => {}
@@ -472,9 +544,10 @@ impl Executor {
                     addresses,
                     host_outputs: call.to_host,
                 }) {
-                    let (outputs, stream) = self.replay(session, graphs.entry(i), &resolved, call, &staged)?;
-                    drop(graphs);
-                    return self.finish(call, outputs, &stream);
+                    if let Some((outputs, stream)) = self.replay(session, graphs.entry(i), &resolved, call, &staged)? {
+                        drop(graphs);
+                        return self.finish(call, outputs, &stream);
+                    }
                 }
                 return Err(
                     Error::new(Kind::GraphCapture, "graphs=\"require\": the captured graph could not be replayed")
@@ -614,7 +687,7 @@ impl Executor {
         Ok(())
     }
 
-    /// Launches a graph on the caller's stream; the outputs and that stream.
+    /// Launches a graph on the caller's stream; the outputs and that stream. `None`: it cannot be ordered now, run eagerly.
     fn replay(
         &self,
         session: &mut Session,
@@ -622,24 +695,11 @@ impl Executor {
         resolved: &Resolved,
         call: &Call<'_>,
         staged: &[(usize, Need, HostPath)],
-    ) -> Result<(Vec<OwnedTensor>, Stream)> {
+    ) -> Result<Option<(Vec<OwnedTensor>, Stream)>> {
         let stream = Stream::borrowed(call.stream.unwrap_or(session.stream.handle()));
-        let alone = self.seen.note(stream.handle());
-        if !alone {
-            // Readers of the last result that were on another stream, and the last replay itself.
-            let mut announced: Vec<u64> = entry.set.buffers.iter().flat_map(|b| b.take_announced()).collect();
-            announced.push(entry.last_stream);
-            if !self.seen.order_after_all(&stream, &announced)? {
-                return Err(Error::new(
-                    Kind::Inference,
-                    "another stream that used this engine's outputs is being captured into a graph; finish that capture first",
-                ));
-            }
-        } else if entry.set.buffers.iter().any(|b| b.has_announced()) {
-            let announced: Vec<u64> = entry.set.buffers.iter().flat_map(|b| b.take_announced()).collect();
-            self.seen.order_after_all(&stream, &announced)?;
+        if !self.order_replay(entry, &stream)? {
+            return Ok(None);
         }
-        entry.last_stream = stream.handle();
         if !staged.is_empty() || self.options.memory.is_some() {
             session.order(&stream)?;
             let mut ignored = entry.key.addresses.clone();
@@ -649,16 +709,13 @@ impl Executor {
         if !staged.is_empty() {
             self.mark_reading(session, staged, &stream)?;
         }
-        Stats::add(&self.stats.replays, 1);
-        let mut outputs = Vec::with_capacity(resolved.outputs.len());
-        if matches!(call.outputs, Outputs::Engine) {
-            let owner: Arc<dyn Send + Sync> = Arc::clone(&entry.set) as Arc<OutputSet>;
-            for (k, plan) in resolved.outputs.iter().enumerate() {
-                let b = &entry.set.buffers[k];
-                outputs.push(self.owned(k, b.ptr(), b.host(), plan.dims, Arc::clone(&owner)));
-            }
-        }
-        Ok((outputs, stream))
+        let outputs = if matches!(call.outputs, Outputs::Engine) {
+            self.replayed(entry, resolved)
+        } else {
+            Stats::add(&self.stats.replays, 1);
+            Vec::new()
+        };
+        Ok(Some((outputs, stream)))
     }
 
     fn owned(&self, k: usize, ptr: u64, host: Option<u64>, dims: Dims, owner: Arc<dyn Send + Sync>) -> OwnedTensor {

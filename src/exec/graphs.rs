@@ -210,6 +210,16 @@ impl Graphs {
         self.evicted >= EVICTIONS_BEFORE_JUDGEMENT && self.replayed < self.captured * REPLAYS_PER_CAPTURE
     }
 
+    /// A graph of this key that is verified and whose outputs nobody holds.
+    #[inline]
+    pub fn free(&self, key: KeyRef<'_>) -> Option<usize> {
+        let list = self.by_key.get(&key.fingerprint())?;
+        list.iter().copied().find(|&i| {
+            let e = &self.entries[i];
+            key.is(&e.key) && e.verdict.get() == Some(true) && e.is_free()
+        })
+    }
+
     /// A graph of this key that is verified and whose outputs nobody holds, else whether to capture one.
     pub fn decide(&mut self, key: KeyRef<'_>) -> Decision {
         let fp = key.fingerprint();
@@ -222,11 +232,7 @@ impl Graphs {
                 }
                 sets += 1;
                 match e.verdict.get() {
-                    // The count is exact: nobody can gain a new share of a set that only this cache holds.
-                    Some(true) if Arc::strong_count(&e.set) == 1 => {
-                        std::sync::atomic::fence(Ordering::Acquire);
-                        return Decision::Replay(i);
-                    }
+                    Some(true) if e.is_free() => return Decision::Replay(i),
                     // One comparison at a time, and a key that differed once is not tried again.
                     None | Some(false) if self.mode == GraphMode::Auto => return Decision::Eager,
                     _ => {}
@@ -339,6 +345,15 @@ impl Graphs {
 }
 
 impl Entry {
+    /// Does nobody hold an output? The count is exact: nobody can gain a share of a set that only this cache holds.
+    #[inline]
+    fn is_free(&self) -> bool {
+        let free = Arc::strong_count(&self.set) == 1;
+        // What the last holder did with the memory happened before.
+        std::sync::atomic::fence(Ordering::Acquire);
+        free
+    }
+
     fn key_ref(&self) -> KeyRef<'_> {
         KeyRef {
             shapes: self.key.shapes,

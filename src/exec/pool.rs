@@ -7,6 +7,7 @@ use crate::cuda::memory::{DeviceBuffer, PinnedBuffer};
 use crate::cuda::{Device, Relaxed, Stream};
 use crate::error::{Error, Kind, Result};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +37,8 @@ pub struct Buffer {
     memory: Memory,
     /// Streams that `record_stream` announced since the buffer was leased.
     announced: Mutex<Vec<u64>>,
+    /// Is there any? Asked at every replay, so without the lock.
+    any_announced: AtomicBool,
 }
 
 /// Every live buffer by its address, so that `record_stream` finds the one behind a tensor.
@@ -56,6 +59,7 @@ impl Buffer {
         let buffer = Arc::new(Buffer {
             memory,
             announced: Mutex::new(Vec::new()),
+            any_announced: AtomicBool::new(false),
         });
         locked(&LIVE).insert(buffer.ptr(), Arc::downgrade(&buffer));
         Ok(buffer)
@@ -83,13 +87,29 @@ impl Buffer {
         }
     }
 
+    fn announce(&self, streams: &[u64]) {
+        let mut announced = locked(&self.announced);
+        for &s in streams {
+            if !announced.contains(&s) {
+                announced.push(s);
+            }
+        }
+        self.any_announced.store(!announced.is_empty(), Ordering::Release);
+    }
+
+    #[inline]
     pub fn has_announced(&self) -> bool {
-        !locked(&self.announced).is_empty()
+        self.any_announced.load(Ordering::Acquire)
     }
 
     /// The streams announced since last time; forgets them.
     pub fn take_announced(&self) -> Vec<u64> {
-        std::mem::take(&mut locked(&self.announced))
+        if !self.has_announced() {
+            return Vec::new();
+        }
+        let mut announced = locked(&self.announced);
+        self.any_announced.store(false, Ordering::Release);
+        std::mem::take(&mut announced)
     }
 }
 
@@ -115,11 +135,7 @@ pub fn record_stream(ptr: u64, stream: u64) -> Result<()> {
             ),
         ));
     };
-    let mut announced = locked(&buffer.announced);
-    let handle = Stream::borrowed(stream).handle();
-    if !announced.contains(&handle) {
-        announced.push(handle);
-    }
+    buffer.announce(&[Stream::borrowed(stream).handle()]);
     Ok(())
 }
 
@@ -189,7 +205,7 @@ impl Pool {
             if ordered {
                 return Ok(self.lend(output, buffer));
             }
-            locked(&buffer.announced).extend(announced);
+            buffer.announce(&announced);
             self.give_back(output, buffer);
         }
         Stats::add(&stats.output_allocations, 1);

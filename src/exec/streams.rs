@@ -3,6 +3,7 @@
 use crate::cuda::{Device, Event, Stream};
 use crate::error::Result;
 use std::any::Any;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Mutex;
 
 /// Something that keeps a stream of the caller's alive (a Python stream object).
@@ -13,7 +14,13 @@ pub type Keep = Box<dyn Any + Send>;
 pub struct Seen {
     device: &'static Device,
     inner: Mutex<Inner>,
+    /// The handle of the only stream seen so far, else `SEVERAL`: asked at every call, so without the lock.
+    only: AtomicU64,
 }
+
+/// No stream handle: those are small numbers or addresses.
+const NONE: u64 = u64::MAX;
+const SEVERAL: u64 = u64::MAX - 1;
 
 #[derive(Default)]
 struct Inner {
@@ -21,6 +28,25 @@ struct Inner {
     keep: Vec<Keep>,
     /// Events to reuse; one wait uses one, and it is free again as soon as the wait is enqueued.
     events: Vec<Event>,
+}
+
+impl Inner {
+    /// True when the stream is new.
+    fn add(&mut self, handle: u64) -> bool {
+        let new = !self.handles.contains(&handle);
+        if new {
+            self.handles.push(handle);
+        }
+        new
+    }
+
+    fn only(&self) -> u64 {
+        match self.handles.as_slice() {
+            [] => NONE,
+            [one] => *one,
+            _ => SEVERAL,
+        }
+    }
 }
 
 impl std::fmt::Debug for Inner {
@@ -34,6 +60,7 @@ impl Seen {
         Seen {
             device,
             inner: Mutex::new(Inner::default()),
+            only: AtomicU64::new(NONE),
         }
     }
 
@@ -44,19 +71,22 @@ impl Seen {
     /// Notes a stream; true when it is the only one seen so far, so that stream order alone protects everything.
     #[inline]
     pub fn note(&self, handle: u64) -> bool {
+        self.only.load(Ordering::Acquire) == handle || self.note_another(handle)
+    }
+
+    fn note_another(&self, handle: u64) -> bool {
         let mut s = self.lock();
-        if s.handles.first() != Some(&handle) && !s.handles.contains(&handle) {
-            s.handles.push(handle);
-        }
+        s.add(handle);
+        self.only.store(s.only(), Ordering::Release);
         s.handles.len() == 1
     }
 
     /// Notes a stream together with what keeps it alive.
     pub fn note_kept(&self, handle: u64, keep: impl FnOnce() -> Keep) {
         let mut s = self.lock();
-        if !s.handles.contains(&handle) {
-            s.handles.push(handle);
+        if s.add(handle) {
             s.keep.push(keep());
+            self.only.store(s.only(), Ordering::Release);
         }
     }
 

@@ -285,6 +285,8 @@ struct CallStream {
     handle: Option<u64>,
     /// Current streams of the other libraries among the inputs: the work goes behind those too.
     others: Inline<u64>,
+    /// Is an input torch's?
+    has_torch: bool,
 }
 
 impl EngineBase {
@@ -429,17 +431,22 @@ impl EngineBase {
         let mut chosen = CallStream {
             handle: None,
             others: SmallVec::new(),
+            has_torch: false,
         };
         if let Some(s) = a.stream {
             let handle = stream_handle(&s)?;
             self.executor.keep_stream(handle, || Box::new(Bound::clone(&s).unbind()));
             chosen.handle = Some(handle);
         }
-        let mut asked: Inline<Library> = SmallVec::new();
+        let mut has_cupy = false;
         for obj in a.inputs.iter().flatten() {
             let library = import::library_of(obj);
-            if matches!(library, Library::Torch | Library::Cupy) && !asked.contains(&library) {
-                asked.push(library);
+            let asked = match library {
+                Library::Torch => &mut chosen.has_torch,
+                Library::Cupy => &mut has_cupy,
+                _ => continue,
+            };
+            if !std::mem::replace(asked, true) {
                 // A stream that was named is what the caller ordered the inputs on, of whatever library they are.
                 if a.stream.is_some() {
                     continue;
@@ -455,8 +462,7 @@ impl EngineBase {
     }
 
     fn check_gradient(&self, py: Python<'_>, inputs: &[Option<Borrowed<'_, '_, PyAny>>]) -> PyResult<()> {
-        let torch = |o: &Option<Borrowed<'_, '_, PyAny>>| o.as_ref().is_some_and(|o| import::library_of(o) == Library::Torch);
-        if !inputs.iter().any(torch) || !import::grad_enabled(py)? {
+        if !import::grad_enabled(py)? {
             return Ok(());
         }
         for (k, obj) in inputs.iter().enumerate() {
@@ -493,9 +499,12 @@ impl EngineBase {
         if let Some(k) = a.inputs.iter().position(Option::is_none) {
             return Err(self.missing(k));
         }
-        self.check_gradient(py, &a.inputs)?;
         let stream = self.choose_stream(py, a)?;
-        let mut read = self.import_all(py, &a.inputs, &stream)?;
+        if stream.has_torch {
+            self.check_gradient(py, &a.inputs)?;
+        }
+        let mut read = Read::default();
+        self.import_all(&a.inputs, &stream, &mut read)?;
         let given = match a.out {
             Some(out) => Some(self.import_out(&out)?),
             None => None,
@@ -543,19 +552,25 @@ impl EngineBase {
         Ok(results)
     }
 
-    fn import_all(&self, py: Python<'_>, inputs: &[Option<Borrowed<'_, '_, PyAny>>], stream: &CallStream) -> PyResult<Read> {
-        let mut read = Read {
-            views: SmallVec::new(),
-            stream: stream.handle,
-            library: Library::Jetrt,
-            to_host: false,
-            keep: Vec::new(),
-            objects: Vec::new(),
-        };
+    /// Fills in `read`, in place: it is large.
+    fn import_all(&self, inputs: &[Option<Borrowed<'_, '_, PyAny>>], stream: &CallStream, read: &mut Read) -> PyResult<()> {
+        read.stream = stream.handle;
         // A producer that orders itself before its reader must know the reader's stream now.
         let reader = stream.handle.unwrap_or_else(|| self.executor.front_stream());
         for (k, obj) in inputs.iter().flatten().enumerate() {
             let io = self.input(k);
+            if let Some(view) = import::exchanged(obj, &io.name)? {
+                let on_device = matches!(view.place, Place::Device(_));
+                if k == 0 {
+                    read.library = Library::Torch;
+                    read.to_host = !on_device;
+                }
+                if !on_device {
+                    read.objects.push(Bound::clone(obj).unbind());
+                }
+                read.views.push(view);
+                continue;
+            }
             let one: Imported = import::import(obj, &io.name, Some(reader), self.device())?;
             let mut view = one.view;
             if one.place_assumed && view.ptr != 0 {
@@ -578,9 +593,8 @@ impl EngineBase {
             match one.keep {
                 Some(keep) => read.keep.push(keep),
                 // Page-locked arrays may be read in place after the call has returned.
-                None if !on_device && one.library != Library::Torch => read.objects.push(Bound::clone(obj).unbind()),
                 // A tensor of a library without a stream of its own must outlive the work.
-                None if on_device && stream.handle.is_none() => read.objects.push(Bound::clone(obj).unbind()),
+                None if !on_device || stream.handle.is_none() => read.objects.push(Bound::clone(obj).unbind()),
                 None => {}
             }
             read.views.push(view);
@@ -588,8 +602,7 @@ impl EngineBase {
         for &other in &stream.others {
             self.executor.order(other, reader)?;
         }
-        let _ = py;
-        Ok(read)
+        Ok(())
     }
 
     fn import_out(&self, out: &Bound<'_, PyAny>) -> PyResult<Given> {
@@ -659,9 +672,11 @@ impl EngineBase {
 }
 
 /// The inputs of a call as views, and what keeps them alive.
+#[derive(Default)]
 struct Read {
     views: Inline<TensorView>,
     stream: Option<u64>,
+    /// Of the first input: what the results come back as.
     library: Library,
     to_host: bool,
     keep: Vec<Keep>,
@@ -973,7 +988,8 @@ impl EngineBase {
                 return Err(self.missing(k));
             }
             let chosen = self.choose_stream(py, &a)?;
-            let read = self.import_all(py, &a.inputs, &chosen)?;
+            let mut read = Read::default();
+            self.import_all(&a.inputs, &chosen, &mut read)?;
             let call = Call {
                 inputs: &read.views,
                 stream: read.stream,

@@ -18,12 +18,13 @@ use pyo3::PyTypeInfo;
 use std::sync::Arc;
 
 /// The library that a tensor came from, which decides what the results come back as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Library {
     Torch,
     Numpy,
     Cupy,
     Jax,
+    #[default]
     Jetrt,
     Other,
 }
@@ -214,20 +215,38 @@ pub fn grad_enabled(py: Python<'_>) -> PyResult<bool> {
     }
 }
 
+/// A torch tensor through the exchange table, the quickest way in; `None` where there is no table for it.
+#[inline]
+pub fn exchanged(obj: &Bound<'_, PyAny>, name: &str) -> PyResult<Option<TensorView>> {
+    let Some(exchange) = known(obj).exchange else { return Ok(None) };
+    let view = exchange.view(obj, name)?;
+    // torch negates lazily only where imaginary parts are looked at. Those lie two apart, or, when there is only one, at the
+    // second half of a complex number. Asking every tensor would double the cost of the import; what this misses is a
+    // negated tensor whose layout was then overridden by hand (`as_strided`, `resize_`).
+    if !view.contiguous || (view.elements() == 1 && may_be_imaginary(&view)) {
+        refuse_negated(obj, name)?;
+    }
+    Ok(Some(view))
+}
+
+/// Does this one number lie where the imaginary part of a complex number would?
+fn may_be_imaginary(view: &TensorView) -> bool {
+    let half = match view.dtype {
+        DType::F16 => 2,
+        DType::F32 => 4,
+        DType::F64 => 8,
+        _ => return false,
+    };
+    view.ptr % (2 * half) != 0
+}
+
 /// Reads any array object. `name` is the input's, for messages; `stream` is the stream on which the tensor will be read,
 /// for the producer to order itself before (`None`: it need not); `device` is the engine's GPU.
 pub fn import(obj: &Bound<'_, PyAny>, name: &str, stream: Option<u64>, device: i32) -> PyResult<Imported> {
-    let known = known(obj);
-    if let Some(exchange) = known.exchange {
-        let view = exchange.view(obj, name)?;
-        // torch negates lazily only where imaginary parts are looked at, which lie two apart (one element counts as
-        // contiguous at any distance). Asking every tensor would double the cost of the import; what this misses is a
-        // negated tensor whose layout was then overridden by hand (`as_strided`, `resize_`).
-        if !view.contiguous || view.elements() == 1 {
-            refuse_negated(obj, name)?;
-        }
+    if let Some(view) = exchanged(obj, name)? {
         return Ok(Imported::borrowed(view, Library::Torch));
     }
+    let known = known(obj);
     match known.library {
         Library::Numpy => {
             if !known.exact {
