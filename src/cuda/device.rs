@@ -141,6 +141,20 @@ impl Device {
         Ok(Entered { pop: true })
     }
 
+    /// As [`Device::enter`], for giving something back: that must happen whatever is current, and even when the driver does
+    /// not say what is.
+    pub fn enter_anyway(&self) -> Entered {
+        let Ok(d) = driver() else { return Entered { pop: false } };
+        let mut current = std::ptr::null_mut();
+        // SAFETY: the pointer is to a live CUcontext.
+        if unsafe { cuda!(d, cuCtxGetCurrent(&mut current)) }.is_ok() && current == self.context {
+            return Entered { pop: false };
+        }
+        // SAFETY: the context is retained for ever; the guard pops it on this thread.
+        let pushed = unsafe { cuda!(d, cuCtxPushCurrent_v2(self.context)) };
+        Entered { pop: pushed.is_ok() }
+    }
+
     /// Free and total bytes of device memory.
     pub fn memory(&self) -> Result<(u64, u64)> {
         let d = driver()?;

@@ -161,10 +161,9 @@ impl Graph {
 impl Drop for Graph {
     fn drop(&mut self) {
         if let Ok(d) = driver() {
-            if let Ok(_entered) = self.device.enter() {
-                // SAFETY: owned, destroyed once; the driver lets a running launch finish.
-                let _ = unsafe { cuda!(d, cuGraphExecDestroy(self.raw)) };
-            }
+            let _entered = self.device.enter_anyway();
+            // SAFETY: owned, destroyed once; the driver lets a running launch finish.
+            let _ = unsafe { cuda!(d, cuGraphExecDestroy(self.raw)) };
         }
     }
 }

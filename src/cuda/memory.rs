@@ -65,12 +65,11 @@ impl DeviceBuffer {
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
         if let Ok(d) = driver() {
-            if let Ok(_entered) = self.device.enter() {
-                // A tensor may be dropped while this thread captures a graph, where freeing would otherwise break the capture.
-                let _relaxed = Relaxed::enter();
-                // SAFETY: owned and freed once. cuMemFree waits for work in flight that may still use it.
-                let _ = unsafe { cuda!(d, cuMemFree_v2(self.ptr)) };
-            }
+            let _entered = self.device.enter_anyway();
+            // A tensor may be dropped while this thread captures a graph, where freeing would otherwise break the capture.
+            let _relaxed = Relaxed::enter();
+            // SAFETY: owned and freed once. cuMemFree waits for work in flight that may still use it.
+            let _ = unsafe { cuda!(d, cuMemFree_v2(self.ptr)) };
         }
     }
 }
@@ -135,11 +134,10 @@ impl PinnedBuffer {
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
         if let Ok(d) = driver() {
-            if let Ok(_entered) = self.device.enter() {
-                let _relaxed = Relaxed::enter();
-                // SAFETY: owned and freed once.
-                let _ = unsafe { cuda!(d, cuMemFreeHost(self.host)) };
-            }
+            let _entered = self.device.enter_anyway();
+            let _relaxed = Relaxed::enter();
+            // SAFETY: owned and freed once.
+            let _ = unsafe { cuda!(d, cuMemFreeHost(self.host)) };
         }
     }
 }

@@ -95,10 +95,9 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         if let (Some(device), Ok(d)) = (self.owner, driver()) {
-            if let Ok(_entered) = device.enter() {
-                // SAFETY: owned, dropped once. The driver lets work in flight finish first.
-                let _ = unsafe { cuda!(d, cuStreamDestroy_v2(self.raw)) };
-            }
+            let _entered = device.enter_anyway();
+            // SAFETY: owned, dropped once. The driver lets work in flight finish first.
+            let _ = unsafe { cuda!(d, cuStreamDestroy_v2(self.raw)) };
         }
     }
 }
@@ -154,10 +153,9 @@ impl Event {
 impl Drop for Event {
     fn drop(&mut self) {
         if let Ok(d) = driver() {
-            if let Ok(_entered) = self.device.enter() {
-                // SAFETY: owned, dropped once; destroying a recorded event is allowed.
-                let _ = unsafe { cuda!(d, cuEventDestroy_v2(self.raw)) };
-            }
+            let _entered = self.device.enter_anyway();
+            // SAFETY: owned, dropped once; destroying a recorded event is allowed.
+            let _ = unsafe { cuda!(d, cuEventDestroy_v2(self.raw)) };
         }
     }
 }
