@@ -22,6 +22,20 @@ impl fmt::Display for Place {
     }
 }
 
+impl Default for TensorView {
+    /// An empty host tensor without memory.
+    fn default() -> TensorView {
+        TensorView {
+            ptr: 0,
+            dtype: DType::U8,
+            dims: Dims::new(&[0]).unwrap_or_default(),
+            strides: Dims::default(),
+            contiguous: true,
+            place: Place::Host,
+        }
+    }
+}
+
 /// A borrowed tensor: valid as long as the caller holds the object that it was made from.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TensorView {

@@ -1,7 +1,7 @@
 //! torch's C exchange table (`__dlpack_c_exchange_api__`, torch ≥ 2.10): a tensor read in tens of nanoseconds, without
 //! a reference count touched, and one made without a capsule.
 
-use super::managed::{self, view_of};
+use super::managed::{self, is_like, view_of};
 use crate::dtype::DType;
 use crate::error::{Error, Kind};
 use crate::py::errors;
@@ -86,6 +86,29 @@ impl Exchange {
             view_of(&t, DlpackFlags::empty(), name, t.device.device_id)
         };
         Ok(view?)
+    }
+
+    /// As [`Exchange::view`], written over the view of the last call: where only the address has changed, only that is taken.
+    #[inline]
+    pub fn refresh(&self, obj: &Bound<'_, PyAny>, name: &str, view: &mut TensorView) -> PyResult<()> {
+        if obj.get_type_ptr() as usize == self.ty {
+            let mut t = MaybeUninit::<DLTensor>::uninit();
+            // SAFETY: as in `view`.
+            if unsafe { (self.read)(obj.as_ptr().cast(), t.as_mut_ptr()) } == 0 {
+                // SAFETY: as in `view`.
+                unsafe {
+                    let t = t.assume_init();
+                    if is_like(&t, view) {
+                        view.ptr = t.data as u64;
+                        return Ok(());
+                    }
+                    *view = view_of(&t, DlpackFlags::empty(), name, t.device.device_id)?;
+                }
+                return Ok(());
+            }
+            return Err(refused(obj.py(), name, PyErr::fetch(obj.py())));
+        }
+        Err(PyTypeError::new_err("the exchange table of another type"))
     }
 
     /// torch's current stream on this device, as a driver handle (0: the legacy default stream).

@@ -81,6 +81,42 @@ impl Drop for Managed {
     }
 }
 
+/// Is this packed tensor like `last` in everything but its address? Then nothing else needs to be read or checked again.
+///
+/// # Safety
+/// As for [`view_of`].
+#[inline]
+pub(super) unsafe fn is_like(t: &DLTensor, last: &TensorView) -> bool {
+    let place = match last.place {
+        Place::Device(d) => t.device.device_type == DLDeviceType::CUDA && t.device.device_id == d,
+        Place::Host => t.device.device_type == DLDeviceType::CPU,
+    };
+    let n = last.dims.rank();
+    let (code, bits) = last.dtype.dlpack();
+    if !(place && last.contiguous && t.ndim as usize == n && t.dtype.code.0 == code && t.dtype.bits == bits && t.dtype.lanes == 1)
+        || t.data.is_null()
+        || t.byte_offset != 0
+    {
+        return false;
+    }
+    if n == 0 {
+        return true;
+    }
+    if t.shape.is_null() || t.strides.is_null() {
+        return false;
+    }
+    // SAFETY: the caller vouches for `ndim` readable numbers behind both.
+    let (shape, strides) = unsafe { (std::slice::from_raw_parts(t.shape, n), std::slice::from_raw_parts(t.strides, n)) };
+    let mut step = 1;
+    for ((&d, &s), &known) in shape.iter().zip(strides).zip(last.dims.as_slice()).rev() {
+        if d != known || (s != step && d != 1) {
+            return false;
+        }
+        step *= d;
+    }
+    true
+}
+
 /// Reads a structure. `device` is where managed memory counts as: every GPU reaches it, and DLPack gives it no index.
 ///
 /// # Safety

@@ -259,6 +259,8 @@ pub struct EngineBase {
     output_names: Vec<Py<PyString>>,
     keywords: Mutex<Option<Keywords>>,
     held: Mutex<VecDeque<Held>>,
+    /// Views of the last call's inputs: in the steady state only their addresses are taken anew.
+    spare: Mutex<Option<Box<Read>>>,
 }
 
 fn called<'py>(
@@ -503,7 +505,7 @@ impl EngineBase {
         if stream.has_torch {
             self.check_gradient(py, &a.inputs)?;
         }
-        let mut read = Read::default();
+        let mut read = self.reader();
         self.import_all(&a.inputs, &stream, &mut read)?;
         let given = match a.out {
             Some(out) => Some(self.import_out(&out)?),
@@ -529,6 +531,11 @@ impl EngineBase {
                 _objects: std::mem::take(&mut read.objects),
             })?;
         }
+        let library = read.library;
+        // The caller's arrays are not kept any longer than needed.
+        read.keep.clear();
+        read.objects.clear();
+        *locked(&self.spare) = Some(read);
         let results = PyDict::new(py);
         if let Some(given) = given {
             for (name, obj) in self.output_names.iter().zip(given.objects) {
@@ -537,7 +544,7 @@ impl EngineBase {
             return Ok(results);
         }
         // torch and numpy need no event: torch works on the stream that the results are ordered on, numpy's are waited for.
-        let needs_event = !matches!(read.library, Library::Torch | Library::Numpy) && !to_host && !finished.outputs.is_empty();
+        let needs_event = !matches!(library, Library::Torch | Library::Numpy) && !to_host && !finished.outputs.is_empty();
         let ready = if needs_event {
             Some(StreamReady::new(&self.executor, finished.stream)?)
         } else {
@@ -547,19 +554,20 @@ impl EngineBase {
             let ready = ready
                 .clone()
                 .map(|event| Arc::new(OutputReady { event, ptr: out.view.ptr }) as Arc<dyn Ready>);
-            results.set_item(self.output_names[k].bind(py), export(py, out, read.library, ready)?)?;
+            results.set_item(self.output_names[k].bind(py), export(py, out, library, ready)?)?;
         }
         Ok(results)
     }
 
-    /// Fills in `read`, in place: it is large.
+    /// Fills in `read`, over what the last call left there.
     fn import_all(&self, inputs: &[Option<Borrowed<'_, '_, PyAny>>], stream: &CallStream, read: &mut Read) -> PyResult<()> {
         read.stream = stream.handle;
         // A producer that orders itself before its reader must know the reader's stream now.
         let reader = stream.handle.unwrap_or_else(|| self.executor.front_stream());
         for (k, obj) in inputs.iter().flatten().enumerate() {
             let io = self.input(k);
-            if let Some(view) = import::exchanged(obj, &io.name)? {
+            let view = &mut read.views[k];
+            if import::exchanged(obj, &io.name, view)? {
                 let on_device = matches!(view.place, Place::Device(_));
                 if k == 0 {
                     read.library = Library::Torch;
@@ -568,11 +576,10 @@ impl EngineBase {
                 if !on_device {
                     read.objects.push(Bound::clone(obj).unbind());
                 }
-                read.views.push(view);
                 continue;
             }
             let one: Imported = import::import(obj, &io.name, Some(reader), self.device())?;
-            let mut view = one.view;
+            *view = one.view;
             if one.place_assumed && view.ptr != 0 {
                 if let Some(d) = device_of(view.ptr)? {
                     view.place = Place::Device(d);
@@ -597,7 +604,6 @@ impl EngineBase {
                 None if !on_device || stream.handle.is_none() => read.objects.push(Bound::clone(obj).unbind()),
                 None => {}
             }
-            read.views.push(view);
         }
         for &other in &stream.others {
             self.executor.order(other, reader)?;
@@ -655,6 +661,15 @@ impl EngineBase {
         Ok(given)
     }
 
+    /// Where the inputs of a call are read into: what the last call used, unless another thread has it.
+    fn reader(&self) -> Box<Read> {
+        let mut read = locked(&self.spare).take().unwrap_or_default();
+        read.views.resize(self.executor.inputs.len(), TensorView::default());
+        read.library = Library::default();
+        read.to_host = false;
+        read
+    }
+
     /// Keeps inputs until the GPU has read them, and lets go of those that it has.
     fn hold(&self, new: Held) -> PyResult<()> {
         let mut done = Vec::new();
@@ -674,7 +689,7 @@ impl EngineBase {
 /// The inputs of a call as views, and what keeps them alive.
 #[derive(Default)]
 struct Read {
-    views: Inline<TensorView>,
+    views: Vec<TensorView>,
     stream: Option<u64>,
     /// Of the first input: what the results come back as.
     library: Library,
@@ -929,6 +944,7 @@ impl EngineBase {
             timeout,
             keywords: Mutex::new(None),
             held: Mutex::new(VecDeque::new()),
+            spare: Mutex::new(None),
             executor,
         })
     }
@@ -988,7 +1004,7 @@ impl EngineBase {
                 return Err(self.missing(k));
             }
             let chosen = self.choose_stream(py, &a)?;
-            let mut read = Read::default();
+            let mut read = self.reader();
             self.import_all(&a.inputs, &chosen, &mut read)?;
             let call = Call {
                 inputs: &read.views,

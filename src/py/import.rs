@@ -215,18 +215,19 @@ pub fn grad_enabled(py: Python<'_>) -> PyResult<bool> {
     }
 }
 
-/// A torch tensor through the exchange table, the quickest way in; `None` where there is no table for it.
+/// A torch tensor through the exchange table, the quickest way in, written over the view of the last call. False where
+/// there is no table for it.
 #[inline]
-pub fn exchanged(obj: &Bound<'_, PyAny>, name: &str) -> PyResult<Option<TensorView>> {
-    let Some(exchange) = known(obj).exchange else { return Ok(None) };
-    let view = exchange.view(obj, name)?;
+pub fn exchanged(obj: &Bound<'_, PyAny>, name: &str, view: &mut TensorView) -> PyResult<bool> {
+    let Some(exchange) = known(obj).exchange else { return Ok(false) };
+    exchange.refresh(obj, name, view)?;
     // torch negates lazily only where imaginary parts are looked at. Those lie two apart, or, when there is only one, at the
     // second half of a complex number. Asking every tensor would double the cost of the import; what this misses is a
     // negated tensor whose layout was then overridden by hand (`as_strided`, `resize_`).
-    if !view.contiguous || (view.elements() == 1 && may_be_imaginary(&view)) {
+    if !view.contiguous || (view.elements() == 1 && may_be_imaginary(view)) {
         refuse_negated(obj, name)?;
     }
-    Ok(Some(view))
+    Ok(true)
 }
 
 /// Does this one number lie where the imaginary part of a complex number would?
@@ -243,7 +244,8 @@ fn may_be_imaginary(view: &TensorView) -> bool {
 /// Reads any array object. `name` is the input's, for messages; `stream` is the stream on which the tensor will be read,
 /// for the producer to order itself before (`None`: it need not); `device` is the engine's GPU.
 pub fn import(obj: &Bound<'_, PyAny>, name: &str, stream: Option<u64>, device: i32) -> PyResult<Imported> {
-    if let Some(view) = exchanged(obj, name)? {
+    let mut view = TensorView::default();
+    if exchanged(obj, name, &mut view)? {
         return Ok(Imported::borrowed(view, Library::Torch));
     }
     let known = known(obj);
