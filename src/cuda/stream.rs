@@ -10,6 +10,7 @@ pub const LEGACY: u64 = 0;
 /// The per-thread default stream.
 pub const PER_THREAD: u64 = 2;
 
+const BLOCKING: u32 = 0;
 const NON_BLOCKING: u32 = 1;
 const DISABLE_TIMING: u32 = 2;
 const NOT_READY: u32 = 600;
@@ -29,11 +30,21 @@ unsafe impl Sync for Stream {}
 impl Stream {
     /// A new stream that does not wait for the legacy default stream by itself.
     pub fn new(device: &'static Device) -> Result<Stream> {
+        Stream::with_flags(device, NON_BLOCKING)
+    }
+
+    /// A new stream that CUDA orders with the legacy default stream both ways, without events: work enqueued on either starts
+    /// after what was enqueued on the other before.
+    pub fn joined_to_legacy(device: &'static Device) -> Result<Stream> {
+        Stream::with_flags(device, BLOCKING)
+    }
+
+    fn with_flags(device: &'static Device, flags: u32) -> Result<Stream> {
         let d = driver()?;
         let _entered = device.enter()?;
         let mut raw = std::ptr::null_mut();
         // SAFETY: the pointer is live and a context is current.
-        unsafe { cuda!(d, cuStreamCreate(&mut raw, NON_BLOCKING)) }?;
+        unsafe { cuda!(d, cuStreamCreate(&mut raw, flags)) }?;
         Ok(Stream { raw, owner: Some(device) })
     }
 

@@ -1,9 +1,11 @@
 //! Running calls. The only place that orders streams.
 //!
-//! Which stream the work goes to: the caller's, where the call may be enqueued there directly. TensorRT adds waits on the
-//! legacy default stream, and a caller without a stream (numpy, jax) has none: then it is the session's own stream, joined
-//! to the caller's by events both ways. A graph is launched on the caller's stream even when that is the legacy one.
+//! Which stream the work goes to: the caller's, where the call may be enqueued there directly. On the legacy default stream
+//! TensorRT may add waits: then it is a stream of the session's that CUDA itself orders with the legacy stream both ways
+//! (events would do the same and cost 1.1 µs more). A caller without a stream (numpy) gets the session's own. A graph is launched
+//! on the caller's stream even when that is the legacy one.
 
+use super::background::Background;
 use super::graphs::{Decision, Entry, GraphMode, Graphs, KeyRef, OutputSet, Verdict};
 use super::plan::{choose_profile, is_ready, need, HostMode, Need, OutputPlan, Policy, ProfileChoice};
 use super::pool::{Buffer, OutputMode, Pool, Where};
@@ -12,11 +14,12 @@ use super::stats::Stats;
 use super::streams::{Keep, Seen};
 use crate::cuda::kernel::Kernel;
 use crate::cuda::memory::{copy_on_device, copy_to_host, fill, DeviceBuffer, PinnedBuffer};
-use crate::cuda::{Capture, Device, Event, Relaxed, Stream, LEGACY};
+use crate::cuda::{Capture, Device, Event, Graph, Relaxed, Stream, LEGACY};
 use crate::error::{Error, Kind, Result};
 use crate::shape::Dims;
 use crate::tensor::{OwnedTensor, Place, TensorView};
-use crate::trt::{Engine, IoTensor};
+use crate::trt::{Context, Engine, IoTensor};
+use smallvec::SmallVec;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -96,6 +99,12 @@ struct Signatures {
 
 const SIGNATURES: usize = 256;
 
+struct CaptureSession {
+    capture: u64,
+    dims: Vec<Dims>,
+    session: Session,
+}
+
 pub struct Executor {
     pub engine: Arc<Engine>,
     options: Options,
@@ -115,12 +124,12 @@ pub struct Executor {
     nothing: DeviceBuffer,
     /// For callers whose library has no stream, at import time.
     front: Stream,
-    /// One session per capture of the caller's, kept as long as the engine: its graph uses the session's memory.
-    for_captures: Mutex<Vec<(u64, Session)>>,
+    /// One session per capture of the caller's and its shapes, kept as long as the engine: its graph uses the session's memory.
+    for_captures: Mutex<Vec<CaptureSession>>,
     /// Outputs enqueued into captures of the caller's: never reused.
     pinned_for_captures: Mutex<Vec<Arc<Buffer>>>,
     next_id: AtomicU64,
-    comparisons: Mutex<Vec<std::thread::JoinHandle<()>>>,
+    background: Arc<Background>,
     closed: AtomicBool,
     pub stats: Arc<Stats>,
 }
@@ -155,6 +164,7 @@ impl Executor {
             }
         }
         let seen = Arc::new(Seen::new(device));
+        let background = Arc::new(Background::new(device));
         let executor = Executor {
             kernel: Kernel::get(device)?,
             has_host_inputs: inputs.iter().any(|&i| engine.io[i].host),
@@ -162,14 +172,14 @@ impl Executor {
             signatures: Mutex::default(),
             graphs: Mutex::new(Graphs::new(options.graphs, options.warmup, options.graph_bytes)),
             graphs_off: options.graphs == GraphMode::Off,
-            pool: Pool::new(device, Arc::clone(&seen), outputs.len()),
+            pool: Pool::new(device, Arc::clone(&seen), Arc::clone(&background), outputs.len()),
             seen,
             nothing: DeviceBuffer::new(device, 512, "address of empty tensors")?,
             front: Stream::new(device)?,
             for_captures: Mutex::default(),
             pinned_for_captures: Mutex::default(),
             next_id: AtomicU64::new(0),
-            comparisons: Mutex::default(),
+            background: Arc::clone(&background),
             closed: AtomicBool::new(false),
             stats: Arc::new(Stats::default()),
             inputs,
@@ -213,7 +223,7 @@ impl Executor {
             timeout,
             || {
                 let _relaxed = Relaxed::enter();
-                Session::new(&self.engine, self.options.memory.as_ref())
+                Session::new(&self.engine, self.options.memory.as_ref(), &self.background)
             },
             || self.closed_error(),
         )
@@ -283,6 +293,7 @@ impl Executor {
         if out.is_err() {
             // Nothing is known of the context's state now: bind everything again next time.
             session.context.forget();
+            session.shapes = None;
         }
         out
     }
@@ -337,9 +348,15 @@ impl Executor {
         if !alone || entry.set.buffers.iter().any(|b| b.has_announced()) {
             // Readers of the last result that were on another stream, and the last replay itself.
             let mut announced: Vec<u64> = entry.set.buffers.iter().flat_map(|b| b.take_announced()).collect();
+            let count = announced.len();
             announced.push(entry.last_stream);
-            if !self.seen.order_after_all(stream, &announced)? {
-                return Ok(false);
+            let ordered = self.seen.order_after_all(stream, &announced);
+            if !matches!(ordered, Ok(true)) {
+                // Still to be waited for, by whoever reuses the set.
+                if let Some(b) = entry.set.buffers.first() {
+                    b.announce(&announced[..count]);
+                }
+                return ordered;
             }
         }
         entry.last_stream = stream.handle();
@@ -424,6 +441,10 @@ impl Executor {
     }
 
     fn set_shapes(&self, session: &mut Session, resolved: &Resolved, stream: &Stream) -> Result<()> {
+        if session.shapes == Some(resolved.id) {
+            return Ok(());
+        }
+        session.shapes = None;
         session.context.set_profile(resolved.profile, stream)?;
         for (k, &i) in self.inputs.iter().enumerate() {
             session.context.set_shape(i, &resolved.dims[k])?;
@@ -441,6 +462,7 @@ impl Executor {
                 session.context.set_address(i, address, changed)?;
             }
         }
+        session.shapes = Some(resolved.id);
         Ok(())
     }
 
@@ -585,7 +607,7 @@ impl Executor {
             Need::Pack => {
                 let bytes = io.dtype.bytes(v.elements()).unwrap_or(0);
                 staged.push((k, n, HostPath::Direct));
-                session.staging[t].packed(self.device, bytes, &io.name, &self.stats)
+                session.packed(t, bytes, self.device, &io.name, &self.stats)
             }
             Need::Host => {
                 let path = self.host_path(v, io, call.to_host || call.synchronize)?;
@@ -593,10 +615,8 @@ impl Executor {
                 staged.push((k, n, path));
                 match path {
                     HostPath::InPlace(p) if plain => Ok(p),
-                    HostPath::Mapped if plain => Ok(session.staging[t]
-                        .pinned(self.device, v.bytes().unwrap_or(0), &io.name, &self.stats)?
-                        .1),
-                    _ => session.staging[t].packed(self.device, io.dtype.bytes(v.elements()).unwrap_or(0), &io.name, &self.stats),
+                    HostPath::Mapped if plain => Ok(session.pinned(t, v.bytes().unwrap_or(0), self.device, &io.name, &self.stats)?.1),
+                    _ => session.packed(t, io.dtype.bytes(v.elements()).unwrap_or(0), self.device, &io.name, &self.stats),
                 }
             }
         }
@@ -631,7 +651,7 @@ impl Executor {
                 Stats::add(&self.stats.casts, 1);
             }
             let bytes = io.dtype.bytes(v.elements()).unwrap_or(0);
-            let dst = session.staging[t].packed(self.device, bytes, &io.name, &self.stats)?;
+            let dst = session.packed(t, bytes, self.device, &io.name, &self.stats)?;
             if cast || !source.contiguous {
                 self.kernel.launch(dst, &source, io.dtype, stream)?;
             } else {
@@ -785,20 +805,11 @@ impl Executor {
         let alone = self.seen.note(caller.handle());
         let join = caller.handle() == LEGACY && !self.options.legacy_direct;
         let work = if join {
-            Stream::borrowed(session.stream.handle())
+            Stream::borrowed(session.legacy.handle())
         } else {
             Stream::borrowed(caller.handle())
         };
-        if join {
-            session.enter.record(&caller)?;
-            work.wait(&session.enter)?;
-            if session.last_stream.is_some_and(|l| l != work.handle() && l != caller.handle()) {
-                session.order(&work)?;
-            }
-            session.last_stream = Some(work.handle());
-        } else {
-            session.order(&work)?;
-        }
+        session.order(&work)?;
         self.stage(session, call, staged, addresses, &work)?;
         self.set_shapes(session, resolved, &work)?;
         for (k, &i) in self.inputs.iter().enumerate() {
@@ -817,12 +828,12 @@ impl Executor {
         if capture {
             self.capture_after(session, resolved, call, addresses, &outputs, &work);
         }
-        if join && !call.to_host {
-            session.leave.record(&work)?;
-            caller.wait(&session.leave)?;
-        }
-        // Results for the host are copied where they were made.
-        let at = if call.to_host { &work } else { &caller };
+        // What must be waited for is waited for where it was made.
+        let at = if call.to_host || call.synchronize || call.want_done {
+            &work
+        } else {
+            &caller
+        };
         self.finish(
             call,
             if matches!(call.outputs, Outputs::Given(_)) {
@@ -843,9 +854,9 @@ impl Executor {
         given: &[u64],
         work: &Stream,
         alone: bool,
-    ) -> Result<Vec<Target>> {
+    ) -> Result<Targets> {
         let mapped = call.to_host && self.device.info.integrated;
-        let mut targets = Vec::with_capacity(resolved.outputs.len());
+        let mut targets = Targets::new();
         for (k, plan) in resolved.outputs.iter().enumerate() {
             let (io, t) = (self.output(k), self.outputs[k]);
             if let Outputs::Given(views) = call.outputs {
@@ -908,13 +919,7 @@ impl Executor {
         Ok(Target::Allocated(slot))
     }
 
-    fn collect_outputs(
-        &self,
-        session: &mut Session,
-        resolved: &Resolved,
-        targets: Vec<Target>,
-        enqueued: bool,
-    ) -> Result<Vec<OwnedTensor>> {
+    fn collect_outputs(&self, session: &mut Session, resolved: &Resolved, targets: Targets, enqueued: bool) -> Result<Vec<OwnedTensor>> {
         let mut outputs = Vec::with_capacity(targets.len());
         let mut failed = None;
         for (k, target) in targets.into_iter().enumerate() {
@@ -990,7 +995,8 @@ impl Executor {
                 format!("{:?}", entry.dims),
                 "the replayed graph's outputs differ from eager ones".into(),
             );
-            discard(vec![entry]);
+            let last = entry.last_stream;
+            self.background.free_after(entry, &[last]);
         }
     }
 
@@ -1026,9 +1032,10 @@ impl Executor {
     fn keep(&self, entry: Entry) {
         Stats::add(&self.stats.captures, 1);
         let out = locked(&self.graphs).insert(entry);
-        if !out.is_empty() {
-            Stats::add(&self.stats.graph_evictions, out.len() as u64);
-            discard(out);
+        Stats::add(&self.stats.graph_evictions, out.len() as u64);
+        for entry in out {
+            let last = entry.last_stream;
+            self.background.free_after(entry, &[last]);
         }
     }
 
@@ -1060,99 +1067,64 @@ impl Executor {
                 .with("reason", "graph_bytes"));
             }
         }
-        // From here on behind the eager run, on a stream of the graph's own.
-        let mut context = self.engine.create_context(own_memory)?;
-        if let Some(m) = &self.options.memory {
-            context.set_device_memory(m.buffer.ptr(), m.buffer.bytes())?;
-        }
-        let stream = Stream::new(self.device)?;
-        session.leave.record(work)?;
-        stream.wait(&session.leave)?;
         let place = if call.to_host && self.device.info.integrated {
             Where::Host
         } else {
             Where::Device
         };
-        let mut set = OutputSet { buffers: Vec::new() };
+        let total: u64 = sizes.iter().map(|b| b.div_ceil(512) * 512).sum();
+        let mut trial = Trial {
+            graph: None,
+            context: self.engine.create_context(own_memory)?,
+            set: OutputSet { buffers: Vec::new() },
+            snapshot: DeviceBuffer::new(self.device, total, "copy of the eager outputs")?,
+            replayed: DeviceBuffer::new(self.device, total, "copy of the replayed outputs")?,
+            stream: Stream::new(self.device)?,
+        };
+        if let Some(m) = &self.options.memory {
+            trial.context.set_device_memory(m.buffer.ptr(), m.buffer.bytes())?;
+        }
         let mut targets = Vec::new();
         for (k, plan) in resolved.outputs.iter().enumerate() {
             if given {
                 targets.push(eager[k].view.ptr);
             } else {
-                let b = Buffer::new(
-                    self.device,
-                    plan.bytes,
-                    place,
-                    &format!("output '{}' of a graph", self.output(k).name),
-                )?;
+                let name = format!("output '{}' of a graph", self.output(k).name);
+                let b = Buffer::new(self.device, plan.bytes, place, &name)?;
                 targets.push(b.ptr());
-                set.buffers.push(b);
+                trial.set.buffers.push(b);
             }
         }
-        let total: u64 = sizes.iter().map(|b| b.div_ceil(512) * 512).sum();
-        let snapshot = DeviceBuffer::new(self.device, total, "copy of the eager outputs")?;
-        let replayed = DeviceBuffer::new(self.device, total, "copy of the replayed outputs")?;
-        let gather = |into: &DeviceBuffer, from: &[u64]| -> Result<()> {
-            let mut at = into.ptr();
-            for (p, n) in from.iter().zip(&sizes) {
-                copy_on_device(at, *p, *n, &stream)?;
-                at += n.div_ceil(512) * 512;
-            }
-            Ok(())
-        };
-        fill(snapshot.ptr(), 0, total, &stream)?;
-        fill(replayed.ptr(), 0, total, &stream)?;
-        gather(&snapshot, &eager.iter().map(|o| o.view.ptr).collect::<Vec<_>>())?;
-        let prepared: Result<crate::cuda::Graph> = (|| {
-            context.set_profile(resolved.profile, &stream)?;
-            for (k, &i) in self.inputs.iter().enumerate() {
-                context.set_shape(i, &resolved.dims[k])?;
-                context.set_address(i, addresses[k], false)?;
-            }
-            for (k, &t) in self.outputs.iter().enumerate() {
-                context.set_address(t, targets[k], false)?;
-            }
-            // The first enqueue after a change of shapes updates the context and must not be captured.
-            let mark = crate::log::TENSORRT.mark();
-            context.enqueue(&stream).map_err(|e| context.explain(e, mark))?;
-            let capture = Capture::begin(&stream)?;
-            let enqueued = context.enqueue(&stream).map_err(|e| context.explain(e, mark));
-            match enqueued {
-                Ok(()) => capture.finish(self.device),
-                Err(e) => {
-                    drop(capture);
-                    Err(e)
-                }
-            }
-        })();
-        let graph = match prepared {
-            Ok(g) => g,
+        let from: Vec<u64> = eager.iter().map(|o| o.view.ptr).collect();
+        let tried = self
+            .try_graph(session, resolved, addresses, &from, &targets, &mut trial, given, work)
+            .and_then(|()| {
+                trial
+                    .graph
+                    .take()
+                    .ok_or_else(|| Error::new(Kind::GraphCapture, "no graph was captured"))
+            });
+        // What the caller enqueues next may overwrite the inputs that the trial reads: behind it. That goes for one that failed, too.
+        let ordered = session.leave.record(&trial.stream).and_then(|()| work.wait(&session.leave));
+        let graph = match tried.and_then(|graph| ordered.map(|()| graph)) {
+            Ok(graph) => graph,
             Err(e) => {
-                // The warm-up may still read the caller's inputs: the caller's stream goes on behind it.
-                session.leave.record(&stream)?;
-                work.wait(&session.leave)?;
-                discard((context, set, snapshot, replayed, stream));
+                // Seldom: the caller waits here when its stream could not be told to.
+                let _relaxed = Relaxed::enter();
+                let _ = trial.stream.synchronize();
+                let handle = trial.stream.handle();
+                self.background.free_after(trial, &[handle]);
                 return Err(e);
             }
         };
-        // A replay that writes nothing must not pass for equal.
-        for (p, n) in targets.iter().zip(&sizes) {
-            fill(*p, 0xA5, *n, &stream)?;
-        }
-        graph.launch(&stream)?;
-        gather(&replayed, &targets)?;
-        if given {
-            // The caller's memory gets the eager result back, whatever the graph did.
-            let mut at = snapshot.ptr();
-            for (p, n) in targets.iter().zip(&sizes) {
-                copy_on_device(*p, at, *n, &stream)?;
-                at += n.div_ceil(512) * 512;
-            }
-        }
-        let done = Event::new(self.device)?;
-        done.record(&stream)?;
-        // What the caller enqueues next may overwrite the inputs: behind the replay.
-        work.wait(&done)?;
+        let Trial {
+            context,
+            set,
+            snapshot,
+            replayed,
+            stream,
+            ..
+        } = trial;
         let key = Graphs::key_of(KeyRef {
             shapes: resolved.id,
             addresses,
@@ -1168,28 +1140,87 @@ impl Executor {
             bytes,
             work.handle(),
         );
-        Ok((
-            entry,
-            Comparison {
-                snapshot,
-                replayed,
-                bytes: total,
-                stream,
-                device: self.device,
-            },
-        ))
+        let comparison = Comparison {
+            snapshot,
+            replayed,
+            bytes: total,
+            stream,
+            device: self.device,
+        };
+        Ok((entry, comparison))
+    }
+
+    /// On the trial's own stream, behind the eager run on `work`: a copy of the eager results, a warm-up, the capture, and a
+    /// replay whose results are copied too.
+    #[allow(clippy::too_many_arguments)]
+    fn try_graph(
+        &self,
+        session: &mut Session,
+        resolved: &Resolved,
+        addresses: &[u64],
+        eager: &[u64],
+        targets: &[u64],
+        trial: &mut Trial,
+        given: bool,
+        work: &Stream,
+    ) -> Result<()> {
+        let (stream, context) = (&trial.stream, &mut trial.context);
+        session.leave.record(work)?;
+        stream.wait(&session.leave)?;
+        let sizes = || resolved.outputs.iter().map(|p| p.bytes);
+        let gather = |into: &DeviceBuffer, from: &[u64]| -> Result<()> {
+            let mut at = into.ptr();
+            for (p, n) in from.iter().zip(sizes()) {
+                copy_on_device(at, *p, n, stream)?;
+                at += n.div_ceil(512) * 512;
+            }
+            Ok(())
+        };
+        fill(trial.snapshot.ptr(), 0, trial.snapshot.bytes(), stream)?;
+        fill(trial.replayed.ptr(), 0, trial.replayed.bytes(), stream)?;
+        gather(&trial.snapshot, eager)?;
+        context.set_profile(resolved.profile, stream)?;
+        for (k, &i) in self.inputs.iter().enumerate() {
+            context.set_shape(i, &resolved.dims[k])?;
+            context.set_address(i, addresses[k], false)?;
+        }
+        for (k, &t) in self.outputs.iter().enumerate() {
+            context.set_address(t, targets[k], false)?;
+        }
+        // The first enqueue after a change of shapes updates the context and must not be captured.
+        let mark = crate::log::TENSORRT.mark();
+        context.enqueue(stream).map_err(|e| context.explain(e, mark))?;
+        let capture = Capture::begin(stream)?;
+        let enqueued = context.enqueue(stream);
+        let graph = match enqueued {
+            Ok(()) => capture.finish(self.device)?,
+            Err(e) => {
+                drop(capture);
+                return Err(context.explain(e, mark));
+            }
+        };
+        let graph = trial.graph.insert(graph);
+        // A replay that writes nothing must not pass for equal.
+        for (p, n) in targets.iter().zip(sizes()) {
+            fill(*p, 0xA5, n, stream)?;
+        }
+        let launched = graph.launch(stream).and_then(|()| gather(&trial.replayed, targets));
+        if given {
+            // The caller's memory gets the eager result back, whatever the graph did.
+            let mut at = trial.snapshot.ptr();
+            for (p, n) in targets.iter().zip(sizes()) {
+                copy_on_device(*p, at, n, stream)?;
+                at += n.div_ceil(512) * 512;
+            }
+        }
+        launched
     }
 
     fn compare_in_background(&self, comparison: Comparison, verdict: Arc<Verdict>) {
-        let worker = std::thread::Builder::new().name("jetrt-compare".into()).spawn(move || {
+        self.background.run(move || {
             // A comparison that cannot be made counts as a difference: the graph is not used.
             verdict.set(comparison.equal().unwrap_or(false));
         });
-        if let Ok(handle) = worker {
-            let mut running = locked(&self.comparisons);
-            running.retain(|h| !h.is_finished());
-            running.push(handle);
-        }
     }
 
     /// Captures and compares, waiting for the result: for `prepare` and graphs="require".
@@ -1226,16 +1257,22 @@ impl Executor {
             .capture(session, resolved, call, addresses, &finished, &caller)
             .and_then(|(entry, comparison)| {
                 Stats::add(&self.stats.waits, 1);
-                if comparison.equal()? {
-                    entry.verdict.set(true);
-                    self.keep(entry);
-                    Ok(())
-                } else {
-                    discard(vec![entry]);
-                    Err(
-                        Error::new(Kind::GraphCapture, "the replayed graph's outputs differ from eager ones")
-                            .with("reason", "replay differs from eager"),
-                    )
+                match comparison.equal() {
+                    Ok(true) => {
+                        entry.verdict.set(true);
+                        self.keep(entry);
+                        Ok(())
+                    }
+                    other => {
+                        // Waits for the replay first.
+                        drop(comparison);
+                        let last = entry.last_stream;
+                        self.background.free_after(entry, &[last]);
+                        Err(other.err().unwrap_or_else(|| {
+                            Error::new(Kind::GraphCapture, "the replayed graph's outputs differ from eager ones")
+                                .with("reason", "replay differs from eager")
+                        }))
+                    }
                 }
             });
         outcome.map_err(|e| {
@@ -1336,12 +1373,19 @@ impl Executor {
         let stream = Stream::borrowed(handle);
         let mut sessions = locked(&self.for_captures);
         let _relaxed = Relaxed::enter();
-        if sessions.last().is_none_or(|(i, _)| *i != id) {
-            sessions.push((id, Session::new(&self.engine, self.options.memory.as_ref())?));
-        }
-        let Some((_, session)) = sessions.last_mut() else {
-            return Err(refuse("no session"));
+        let same = |s: &CaptureSession| s.capture == id && s.dims.iter().eq(call.inputs.iter().map(|v| &v.dims));
+        let i = match sessions.iter().position(same) {
+            Some(i) => i,
+            None => {
+                sessions.push(CaptureSession {
+                    capture: id,
+                    dims: call.inputs.iter().map(|v| v.dims).collect(),
+                    session: Session::new(&self.engine, self.options.memory.as_ref(), &self.background)?,
+                });
+                sessions.len() - 1
+            }
         };
+        let session = &mut sessions[i].session;
         let resolved = self.resolve(session, call.inputs)?;
         if let Some(why) = resolved.not_graphable {
             return Err(refuse(why));
@@ -1407,8 +1451,11 @@ impl Executor {
             session.context.set_address(t, zero(resolved.outputs[k].bytes)?, false)?;
         }
         let mark = crate::log::TENSORRT.mark();
-        session.context.enqueue(&stream).map_err(|e| session.context.explain(e, mark))?;
-        stream.synchronize()
+        let enqueued = session.context.enqueue(&stream);
+        // Also after a failure: part of the work may be under way, in memory that goes now.
+        let waited = stream.synchronize();
+        enqueued.map_err(|e| session.context.explain(e, mark))?;
+        waited
     }
 
     // ------------------------------------------------------------------------------------------------------------- close
@@ -1418,19 +1465,21 @@ impl Executor {
         if self.closed.swap(true, Ordering::AcqRel) {
             return;
         }
-        let Ok(_entered) = self.device.enter() else { return };
+        let _entered = self.device.enter_anyway();
+        let _relaxed = Relaxed::enter();
         let sessions = self.sessions.close();
-        self.seen.wait_all();
-        for s in &sessions {
-            let _ = s.stream.synchronize();
-        }
-        for h in std::mem::take(&mut *locked(&self.comparisons)) {
-            let _ = h.join();
-        }
+        let for_captures = std::mem::take(&mut *locked(&self.for_captures));
+        // From here on nobody replays; what has been launched is waited for.
         let entries = locked(&self.graphs).clear();
+        self.seen.wait_all();
+        for s in sessions.iter().map(|s| &**s).chain(for_captures.iter().map(|c| &c.session)) {
+            let _ = s.stream.synchronize();
+            let _ = s.legacy.synchronize();
+        }
+        self.background.close();
         drop(entries);
         drop(sessions);
-        drop(std::mem::take(&mut *locked(&self.for_captures)));
+        drop(for_captures);
         drop(std::mem::take(&mut *locked(&self.pinned_for_captures)));
         self.pool.close();
         self.engine.release();
@@ -1443,6 +1492,8 @@ impl Drop for Executor {
     }
 }
 
+type Targets = SmallVec<[Target; 2]>;
+
 /// Where one output of an eager call is written.
 enum Target {
     Leased(Arc<super::pool::Lease>),
@@ -1452,10 +1503,14 @@ enum Target {
     Allocated(Arc<Mutex<Option<Arc<super::pool::Lease>>>>),
 }
 
-/// Frees things on a thread of their own: freeing device memory waits for the GPU, and a live call must not.
-fn discard<T: Send + 'static>(things: T) {
-    // When no thread can be had, they are dropped right here.
-    let _ = std::thread::Builder::new().name("jetrt-discard".into()).spawn(move || drop(things));
+/// What a capture needs, on trial: until its stream is done, everything stays. Fields drop in order: the graph first.
+struct Trial {
+    graph: Option<Graph>,
+    context: Context,
+    set: OutputSet,
+    snapshot: DeviceBuffer,
+    replayed: DeviceBuffer,
+    stream: Stream,
 }
 
 /// Eager outputs and replayed outputs, to be compared bit by bit.
@@ -1470,14 +1525,22 @@ struct Comparison {
 impl Comparison {
     fn equal(&self) -> Result<bool> {
         let _entered = self.device.enter()?;
-        let read = |from: &DeviceBuffer| -> Result<PinnedBuffer> {
-            let host = PinnedBuffer::new(self.device, self.bytes, "comparison of graph and eager")?;
-            copy_to_host(host.host(), from.ptr(), self.bytes, &self.stream)?;
-            Ok(host)
-        };
         let _relaxed = Relaxed::enter();
-        let (a, b) = (read(&self.snapshot)?, read(&self.replayed)?);
+        let host = || PinnedBuffer::new(self.device, self.bytes, "comparison of graph and eager");
+        let (a, b) = (host()?, host()?);
+        let read = |to: &PinnedBuffer, from: &DeviceBuffer| copy_to_host(to.host(), from.ptr(), self.bytes, &self.stream);
+        let copied = read(&a, &self.snapshot).and_then(|()| read(&b, &self.replayed));
+        // Also after a failure: one copy may be under way.
         self.stream.synchronize()?;
+        copied?;
         Ok(a.same_bytes(&b))
+    }
+}
+
+impl Drop for Comparison {
+    fn drop(&mut self) {
+        let _entered = self.device.enter_anyway();
+        let _relaxed = Relaxed::enter();
+        let _ = self.stream.synchronize();
     }
 }

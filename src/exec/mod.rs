@@ -1,6 +1,7 @@
 //! Running an engine: what to do with each input (`plan`, pure), who owns which memory (`pool`, `session`), when a graph
 //! replays (`graphs`), and the one place that orders streams (`executor`).
 
+mod background;
 mod executor;
 mod graphs;
 pub mod plan;

@@ -1,6 +1,7 @@
 //! Output memory. A buffer is leased to a result and comes back when the last tensor that shares it is gone; it is written
 //! again only after every stream that the engine saw has passed that point.
 
+use super::background::Background;
 use super::stats::Stats;
 use super::streams::Seen;
 use crate::cuda::memory::{DeviceBuffer, PinnedBuffer};
@@ -87,7 +88,7 @@ impl Buffer {
         }
     }
 
-    fn announce(&self, streams: &[u64]) {
+    pub fn announce(&self, streams: &[u64]) {
         let mut announced = locked(&self.announced);
         for &s in streams {
             if !announced.contains(&s) {
@@ -150,6 +151,7 @@ struct Free {
 pub struct Pool {
     device: &'static Device,
     seen: Arc<Seen>,
+    background: Arc<Background>,
     free: Mutex<Free>,
 }
 
@@ -157,11 +159,12 @@ pub struct Pool {
 const KEEP_FREE: usize = 32;
 
 impl Pool {
-    pub fn new(device: &'static Device, seen: Arc<Seen>, outputs: usize) -> Arc<Pool> {
+    pub fn new(device: &'static Device, seen: Arc<Seen>, background: Arc<Background>, outputs: usize) -> Arc<Pool> {
         let lists = (0..outputs).map(|_| Default::default()).collect();
         Arc::new(Pool {
             device,
             seen,
+            background,
             free: Mutex::new(Free { lists, closed: false }),
         })
     }
@@ -197,16 +200,23 @@ impl Pool {
             }
             (found, discarded)
         };
-        drop(discarded);
+        for buffer in discarded {
+            self.free_after_use(buffer);
+        }
         if let Some(buffer) = found {
             let announced = buffer.take_announced();
             // Host memory is released by the host after it waited: no stream is behind.
-            let ordered = place == Where::Host || (alone && announced.is_empty()) || self.seen.order_after_all(stream, &announced)?;
-            if ordered {
+            let ordered = if place == Where::Host || (alone && announced.is_empty()) {
+                Ok(true)
+            } else {
+                self.seen.order_after_all(stream, &announced)
+            };
+            if let Ok(true) = ordered {
                 return Ok(self.lend(output, buffer));
             }
             buffer.announce(&announced);
             self.give_back(output, buffer);
+            ordered?;
         }
         Stats::add(&stats.output_allocations, 1);
         Ok(self.lend(output, Buffer::new(self.device, bytes, place, &format!("output '{name}'"))?))
@@ -231,6 +241,13 @@ impl Pool {
         drop(free);
         let _relaxed = Relaxed::enter();
         drop(buffer);
+    }
+
+    /// Frees a buffer once every stream that may use it has passed this point.
+    fn free_after_use(&self, buffer: Arc<Buffer>) {
+        let mut streams = buffer.take_announced();
+        streams.extend(self.seen.handles());
+        self.background.free_after(buffer, &streams);
     }
 
     /// Frees what is free; leased buffers are freed when their tensors go.

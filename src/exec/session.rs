@@ -1,6 +1,7 @@
 //! A session: one execution context with what belongs to it (own stream, staging memory). Checked out by one call at a time,
 //! so one context is never used twice at once.
 
+use super::background::Background;
 use super::plan::runs;
 use super::stats::Stats;
 use crate::cuda::memory::{copy_on_host, copy_to_device, mapped_address, DeviceBuffer, PinnedBuffer};
@@ -32,68 +33,57 @@ pub struct Staging {
     in_flight: bool,
 }
 
-fn grown<'a, B>(
-    slot: &'a mut Option<B>,
-    bytes: u64,
-    size: impl Fn(&B) -> u64,
-    make: impl FnOnce(u64) -> Result<B>,
-    stats: &Stats,
-) -> Result<&'a B> {
-    if slot.as_ref().is_none_or(|b| size(b) < bytes) {
-        // The old one first: on a small device both may not fit.
-        *slot = None;
-        Stats::add(&stats.staging_allocations, 1);
-        *slot = Some(make(bytes.max(1).div_ceil(512) * 512)?);
+/// Memory of a session, made or made larger when needed.
+struct Growing<'a> {
+    /// Frees the memory that was too small behind the session's last work, which may still use it.
+    background: &'a Background,
+    last_stream: Option<u64>,
+    stats: &'a Stats,
+}
+
+impl Growing<'_> {
+    fn at_least<'b, B: Send + 'static>(
+        &self,
+        slot: &'b mut Option<B>,
+        bytes: u64,
+        size: impl Fn(&B) -> u64,
+        make: impl Fn(u64) -> Result<B>,
+    ) -> Result<&'b B> {
+        if slot.as_ref().is_none_or(|b| size(b) < bytes) {
+            if let Some(old) = slot.take() {
+                self.background.free_after(old, self.last_stream.as_slice());
+            }
+            Stats::add(&self.stats.staging_allocations, 1);
+            let bytes = bytes.max(1).div_ceil(512) * 512;
+            // On a small device both may not fit: once more when the old one is gone.
+            let made = make(bytes).or_else(|e| {
+                if e.kind() != Kind::OutOfMemory {
+                    return Err(e);
+                }
+                self.background.settle();
+                make(bytes)
+            });
+            *slot = Some(made?);
+        }
+        slot.as_ref().ok_or_else(|| Error::new(Kind::OutOfMemory, "no staging memory"))
     }
-    slot.as_ref().ok_or_else(|| Error::new(Kind::OutOfMemory, "no staging memory"))
+}
+
+fn for_input<'a>(device: &'static Device, name: &'a str) -> impl Fn(u64) -> Result<DeviceBuffer> + use<'a> {
+    move |n| DeviceBuffer::new(device, n, &format!("staging buffer of input '{name}'"))
 }
 
 impl Staging {
-    /// The device buffer that a packed input of that size is written to.
-    pub fn packed(&mut self, device: &'static Device, bytes: u64, name: &str, stats: &Stats) -> Result<u64> {
-        let what = format!("staging buffer of input '{name}'");
-        grown(
-            &mut self.packed,
-            bytes,
-            DeviceBuffer::bytes,
-            |n| DeviceBuffer::new(device, n, &what),
-            stats,
-        )
-        .map(DeviceBuffer::ptr)
-    }
-
-    fn raw(&mut self, device: &'static Device, bytes: u64, name: &str, stats: &Stats) -> Result<u64> {
-        let what = format!("staging buffer of input '{name}'");
-        grown(
-            &mut self.raw,
-            bytes,
-            DeviceBuffer::bytes,
-            |n| DeviceBuffer::new(device, n, &what),
-            stats,
-        )
-        .map(DeviceBuffer::ptr)
-    }
-
-    /// Page-locked memory for that many bytes: (host address, device address). Waits only while earlier work still reads it.
-    pub fn pinned(&mut self, device: &'static Device, bytes: u64, name: &str, stats: &Stats) -> Result<(u64, u64)> {
-        if self.in_flight {
-            if let Some(e) = &self.copied {
-                if !e.is_done()? {
-                    Stats::add(&stats.waits, 1);
-                    e.synchronize()?;
-                }
+    /// Waits while earlier work still reads the page-locked memory.
+    fn wait_until_read(&mut self, stats: &Stats) -> Result<()> {
+        if let Some(e) = self.copied.as_ref().filter(|_| self.in_flight) {
+            if !e.is_done()? {
+                Stats::add(&stats.waits, 1);
+                e.synchronize()?;
             }
-            self.in_flight = false;
         }
-        let what = format!("page-locked staging buffer of input '{name}'");
-        grown(
-            &mut self.pinned,
-            bytes,
-            PinnedBuffer::bytes,
-            |n| PinnedBuffer::new(device, n, &what),
-            stats,
-        )
-        .map(|b| (b.host(), b.ptr()))
+        self.in_flight = false;
+        Ok(())
     }
 
     /// Marks the page-locked memory as being read by the work enqueued on `stream` so far.
@@ -141,8 +131,12 @@ pub enum HostPath {
 #[derive(Debug)]
 pub struct Session {
     pub context: Context,
-    /// For callers without a stream and for the legacy default stream, on which TensorRT would add waits.
+    /// For callers without a stream.
     pub stream: Stream,
+    /// For callers on the legacy default stream, on which TensorRT itself may add waits and cannot be captured.
+    pub legacy: Stream,
+    /// The shapes that are set in the context, by number.
+    pub shapes: Option<u64>,
     pub enter: Event,
     pub leave: Event,
     /// The stream of the last work that used this session's memory.
@@ -152,11 +146,12 @@ pub struct Session {
     pub values: Vec<Vec<u8>>,
     /// Device memory for outputs that go on to the host.
     pub scratch: Vec<Option<DeviceBuffer>>,
+    background: Arc<Background>,
     _memory: Option<Arc<ContextMemory>>,
 }
 
 impl Session {
-    pub fn new(engine: &Arc<Engine>, memory: Option<&Arc<ContextMemory>>) -> Result<Session> {
+    pub fn new(engine: &Arc<Engine>, memory: Option<&Arc<ContextMemory>>, background: &Arc<Background>) -> Result<Session> {
         let device = engine.device;
         let mut context = engine.create_context(memory.is_none())?;
         if let Some(m) = memory {
@@ -166,12 +161,15 @@ impl Session {
         Ok(Session {
             context,
             stream: Stream::new(device)?,
+            legacy: Stream::joined_to_legacy(device)?,
+            shapes: None,
             enter: Event::new(device)?,
             leave: Event::new(device)?,
             last_stream: None,
             staging: (0..n).map(|_| Staging::default()).collect(),
             values: vec![Vec::new(); n],
             scratch: (0..n).map(|_| None).collect(),
+            background: Arc::clone(background),
             _memory: memory.cloned(),
         })
     }
@@ -189,17 +187,48 @@ impl Session {
         Ok(())
     }
 
+    fn growing<'a>(background: &'a Background, last_stream: Option<u64>, stats: &'a Stats) -> Growing<'a> {
+        Growing {
+            background,
+            last_stream,
+            stats,
+        }
+    }
+
+    /// The device buffer that a packed input of that size is written to.
+    pub fn packed(&mut self, tensor: usize, bytes: u64, device: &'static Device, name: &str, stats: &Stats) -> Result<u64> {
+        Session::growing(&self.background, self.last_stream, stats)
+            .at_least(
+                &mut self.staging[tensor].packed,
+                bytes,
+                DeviceBuffer::bytes,
+                for_input(device, name),
+            )
+            .map(DeviceBuffer::ptr)
+    }
+
+    /// Bytes as they come from the host, before they are converted.
+    fn raw(&mut self, tensor: usize, bytes: u64, device: &'static Device, name: &str, stats: &Stats) -> Result<u64> {
+        Session::growing(&self.background, self.last_stream, stats)
+            .at_least(&mut self.staging[tensor].raw, bytes, DeviceBuffer::bytes, for_input(device, name))
+            .map(DeviceBuffer::ptr)
+    }
+
+    /// Page-locked memory for that many bytes: (host address, device address). Waits only while earlier work still reads it.
+    pub fn pinned(&mut self, tensor: usize, bytes: u64, device: &'static Device, name: &str, stats: &Stats) -> Result<(u64, u64)> {
+        let make = |n| PinnedBuffer::new(device, n, &format!("page-locked staging buffer of input '{name}'"));
+        self.staging[tensor].wait_until_read(stats)?;
+        Session::growing(&self.background, self.last_stream, stats)
+            .at_least(&mut self.staging[tensor].pinned, bytes, PinnedBuffer::bytes, make)
+            .map(|b| (b.host(), b.ptr()))
+    }
+
     /// Scratch device memory for output `tensor`.
     pub fn scratch(&mut self, tensor: usize, bytes: u64, device: &'static Device, name: &str, stats: &Stats) -> Result<u64> {
-        let what = format!("output '{name}'");
-        grown(
-            &mut self.scratch[tensor],
-            bytes,
-            DeviceBuffer::bytes,
-            |n| DeviceBuffer::new(device, n, &what),
-            stats,
-        )
-        .map(DeviceBuffer::ptr)
+        let make = |n| DeviceBuffer::new(device, n, &format!("output '{name}'"));
+        Session::growing(&self.background, self.last_stream, stats)
+            .at_least(&mut self.scratch[tensor], bytes, DeviceBuffer::bytes, make)
+            .map(DeviceBuffer::ptr)
     }
 
     /// Enqueues what brings a host array to where the GPU reads it: the address to bind, or the packed view that a kernel
@@ -223,14 +252,13 @@ impl Session {
             place: Place::Device(device.ordinal),
             ..*v
         };
-        let staging = &mut self.staging[tensor];
         if let HostPath::InPlace(ptr) = path {
             return Ok(TensorView { ptr, ..packed });
         }
         let (host, mapped) = if path == HostPath::Direct {
             (v.ptr, 0)
         } else {
-            let to = staging.pinned(device, bytes, name, stats)?;
+            let to = self.pinned(tensor, bytes, device, name, stats)?;
             copy_packed(to.0, v);
             Stats::add(&stats.host_to_host_bytes, bytes);
             to
@@ -239,14 +267,14 @@ impl Session {
             return Ok(TensorView { ptr: mapped, ..packed });
         }
         let dst = if cast {
-            staging.raw(device, bytes, name, stats)?
+            self.raw(tensor, bytes, device, name, stats)?
         } else {
-            staging.packed(device, bytes, name, stats)?
+            self.packed(tensor, bytes, device, name, stats)?
         };
         copy_to_device(dst, host, bytes, stream)?;
         Stats::add(&stats.host_to_device_bytes, bytes);
         if path == HostPath::Staged {
-            staging.reading(device, stream)?;
+            self.staging[tensor].reading(device, stream)?;
         }
         Ok(TensorView { ptr: dst, ..packed })
     }

@@ -122,11 +122,11 @@ impl Seen {
         Ok(true)
     }
 
-    /// Blocks until every seen stream has passed this point; streams that are being captured or gone are skipped.
+    /// Blocks until every seen stream has passed this point; streams that are being captured are skipped.
     pub fn wait_all(&self) {
         for h in self.handles() {
             let stream = Stream::borrowed(h);
-            if matches!(stream.capture_id(), Ok(None)) {
+            if !matches!(stream.capture_id(), Ok(Some(_))) {
                 let _ = stream.synchronize();
             }
         }

@@ -288,9 +288,8 @@ impl Engine {
     /// Frees TensorRT's engine. Every context must be gone: they are destroyed before their engine.
     pub fn release(&self) {
         let handle = self.handle.lock().unwrap_or_else(|e| e.into_inner()).take();
-        if let (Some(handle), Ok(_entered)) = (handle, self.device.enter()) {
-            drop(handle);
-        }
+        let _entered = self.device.enter_anyway();
+        drop(handle);
     }
 
     /// TensorRT reports a failed allocation only in its log: make the typed error of it.
