@@ -8,12 +8,14 @@ use std::sync::{Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 type Job = Box<dyn FnOnce() + Send>;
+/// Things to be dropped, and the streams that may still work on them.
+type Leftover = (Vec<u64>, Box<dyn Send>);
 
 pub struct Background {
     device: &'static Device,
     worker: Mutex<Option<(Sender<Job>, JoinHandle<()>)>>,
-    /// What could not be given back yet, with the streams that may still work on it.
-    leftovers: Mutex<Vec<(Vec<u64>, Box<dyn Send>)>>,
+    /// What could not be given back yet.
+    leftovers: Mutex<Vec<Leftover>>,
 }
 
 impl std::fmt::Debug for Background {

@@ -471,7 +471,7 @@ impl Executor {
         let mode = self.options.policy.host;
         let plain = v.dtype == io.dtype;
         let locked = page_locked(v)?;
-        let aligned = |p: u64| p % super::plan::ALIGNMENT == 0;
+        let aligned = |p: u64| p.is_multiple_of(super::plan::ALIGNMENT);
         Ok(match (mode, locked) {
             (HostMode::Mapped, None) => {
                 return Err(Error::input(
@@ -693,7 +693,7 @@ impl Executor {
             if v.dims != plan.dims {
                 return wrong(Kind::Shape, v.dims.to_string(), plan.dims.to_string());
             }
-            if !v.contiguous || v.ptr % super::plan::ALIGNMENT != 0 {
+            if !v.contiguous || !v.ptr.is_multiple_of(super::plan::ALIGNMENT) {
                 return wrong(
                     Kind::Layout,
                     v.to_string(),
@@ -1307,16 +1307,9 @@ impl Executor {
                 addresses[k] = self.plan_input(&mut session, k, v, call, &mut staged)?;
             }
             let fresh = self.options.outputs == OutputMode::Fresh;
-            let because = if self.graphs_off {
-                Some("graphs=\"off\"".to_string())
-            } else if let Some(why) = resolved
-                .not_graphable
-                .or(fresh.then_some("outputs=\"fresh\" gives every result a new address"))
-            {
-                Some(why.to_string())
-            } else {
-                None
-            };
+            let fresh = fresh.then_some("outputs=\"fresh\" gives every result a new address");
+            let off = self.graphs_off.then_some("graphs=\"off\"");
+            let because = off.or(resolved.not_graphable).or(fresh).map(str::to_string);
             let because = match because {
                 Some(why) => {
                     // Still warmed up: the first live call then only enqueues.

@@ -64,7 +64,13 @@ pub enum Need {
 /// The steady state's whole check of one input, besides its shape.
 #[inline]
 pub fn is_ready(io: &IoTensor, v: &TensorView, device: i32) -> bool {
-    v.contiguous && v.dtype == io.dtype && v.place == Place::Device(device) && v.ptr % ALIGNMENT == 0 && v.ptr != 0 && !io.host && io.linear
+    v.contiguous
+        && v.dtype == io.dtype
+        && v.place == Place::Device(device)
+        && v.ptr.is_multiple_of(ALIGNMENT)
+        && v.ptr != 0
+        && !io.host
+        && io.linear
 }
 
 /// Everything about one input except its shape; the error says what to do.
@@ -144,7 +150,7 @@ pub fn need(io: &IoTensor, v: &TensorView, device: i32, policy: &Policy) -> Resu
         }
         return Ok(Need::Host);
     }
-    let aligned = v.ptr % ALIGNMENT == 0 || v.elements() == 0;
+    let aligned = v.ptr.is_multiple_of(ALIGNMENT) || v.elements() == 0;
     if v.contiguous && aligned && v.dtype == io.dtype {
         return Ok(Need::Bind);
     }

@@ -298,6 +298,7 @@ pub struct Sessions {
 #[derive(Default)]
 struct Inner {
     /// Boxed: a session is large, and is moved in and out at every call.
+    #[allow(clippy::vec_box)]
     free: Vec<Box<Session>>,
     made: usize,
     /// Callers that wait: nobody is woken (a system call) when there is none.
@@ -385,6 +386,7 @@ impl Sessions {
     }
 
     /// No further checkouts; waits for those under way and gives all sessions out, to be dropped.
+    #[allow(clippy::vec_box)]
     pub fn close(&self) -> Vec<Box<Session>> {
         let mut inner = self.lock();
         inner.closed = true;

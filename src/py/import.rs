@@ -238,7 +238,7 @@ fn may_be_imaginary(view: &TensorView) -> bool {
         DType::F64 => 8,
         _ => return false,
     };
-    view.ptr % (2 * half) != 0
+    !view.ptr.is_multiple_of(2 * half)
 }
 
 /// Reads any array object. `name` is the input's, for messages; `stream` is the stream on which the tensor will be read,
