@@ -290,10 +290,11 @@ impl Executor {
         }
         let mut session = self.checkout(call.stream, call.timeout)?;
         let out = self.run_on(&mut session, call);
-        if out.is_err() {
+        if let Err(e) = &out {
             // Nothing is known of the context's state now: bind everything again next time.
             session.context.forget();
             session.shapes = None;
+            session.settle(e);
         }
         out
     }
@@ -1298,13 +1299,12 @@ impl Executor {
         }
         let _entered = self.device.enter()?;
         let mark = crate::log::TENSORRT.mark();
-        let inner = || -> Result<Prepared> {
-            let mut session = self.checkout(call.stream, call.timeout)?;
-            let resolved = self.resolve(&mut session, call.inputs)?;
+        let inner = |session: &mut Session| -> Result<Prepared> {
+            let resolved = self.resolve(session, call.inputs)?;
             let mut staged = Vec::new();
             let mut addresses = vec![0u64; call.inputs.len()];
             for (k, v) in call.inputs.iter().enumerate() {
-                addresses[k] = self.plan_input(&mut session, k, v, call, &mut staged)?;
+                addresses[k] = self.plan_input(session, k, v, call, &mut staged)?;
             }
             let fresh = self.options.outputs == OutputMode::Fresh;
             let fresh = fresh.then_some("outputs=\"fresh\" gives every result a new address");
@@ -1318,13 +1318,16 @@ impl Executor {
                         synchronize: true,
                         ..*call
                     };
-                    self.eager(&mut session, &resolved, &quiet, &mut addresses, &staged, false)?;
+                    self.eager(session, &resolved, &quiet, &mut addresses, &staged, false)?;
                     Some(why)
                 }
                 // Two output sets: the result of a call is usually still held when the next one begins.
                 None => (0..2)
-                    .find_map(|_| self.require_graph(&mut session, &resolved, call, &mut addresses, &staged).err())
-                    .map(|e| e.message().to_string()),
+                    .find_map(|_| self.require_graph(session, &resolved, call, &mut addresses, &staged).err())
+                    .map(|e| {
+                        session.settle(&e);
+                        e.message().to_string()
+                    }),
             };
             if let (Some(why), GraphMode::Require) = (&because, self.options.graphs) {
                 return Err(Error::new(
@@ -1345,7 +1348,16 @@ impl Executor {
                 eager_because: because,
             })
         };
-        inner().map_err(|e| self.explain(e, call, mark))
+        let prepared = self.checkout(call.stream, call.timeout).and_then(|mut session| {
+            let prepared = inner(&mut session);
+            if let Err(e) = &prepared {
+                session.context.forget();
+                session.shapes = None;
+                session.settle(e);
+            }
+            prepared
+        });
+        prepared.map_err(|e| self.explain(e, call, mark))
     }
 
     pub fn graph_counts(&self) -> (usize, u64, bool) {
@@ -1424,13 +1436,20 @@ impl Executor {
     /// first enqueue after a change of shapes cannot be captured.
     fn warm_up(&self, session: &mut Session, resolved: &Resolved) -> Result<()> {
         let stream = Stream::borrowed(session.stream.handle());
-        self.set_shapes(session, resolved, &stream)?;
         let mut buffers = Vec::new();
+        let done = self.warm_up_on(&stream, session, resolved, &mut buffers);
+        // Also after a failure: part of the work may be under way, in memory that goes now.
+        let waited = stream.synchronize();
+        done.and(waited)
+    }
+
+    fn warm_up_on(&self, stream: &Stream, session: &mut Session, resolved: &Resolved, buffers: &mut Vec<DeviceBuffer>) -> Result<()> {
+        self.set_shapes(session, resolved, stream)?;
         let mut zero = |bytes: u64| -> Result<u64> {
             let b = DeviceBuffer::new(self.device, bytes, "warm-up")?;
-            fill(b.ptr(), 0, bytes, &stream)?;
             let p = b.ptr();
             buffers.push(b);
+            fill(p, 0, bytes, stream)?;
             Ok(p)
         };
         for (k, &i) in self.inputs.iter().enumerate() {
@@ -1444,11 +1463,7 @@ impl Executor {
             session.context.set_address(t, zero(resolved.outputs[k].bytes)?, false)?;
         }
         let mark = crate::log::TENSORRT.mark();
-        let enqueued = session.context.enqueue(&stream);
-        // Also after a failure: part of the work may be under way, in memory that goes now.
-        let waited = stream.synchronize();
-        enqueued.map_err(|e| session.context.explain(e, mark))?;
-        waited
+        session.context.enqueue(stream).map_err(|e| session.context.explain(e, mark))
     }
 
     // ------------------------------------------------------------------------------------------------------------- close

@@ -187,6 +187,21 @@ impl Session {
         Ok(())
     }
 
+    /// After a call that failed with this error: nothing of it is under way any more, so that its inputs may go.
+    #[cold]
+    pub fn settle(&self, e: &Error) {
+        if !matches!(e.kind(), Kind::Inference | Kind::Cuda | Kind::OutOfMemory | Kind::GraphCapture) {
+            // Refused before anything was enqueued.
+            return;
+        }
+        for handle in self.last_stream.into_iter().chain([self.stream.handle(), self.legacy.handle()]) {
+            let stream = Stream::borrowed(handle);
+            if !matches!(stream.capture_id(), Ok(Some(_))) {
+                let _ = stream.synchronize();
+            }
+        }
+    }
+
     fn growing<'a>(background: &'a Background, last_stream: Option<u64>, stats: &'a Stats) -> Growing<'a> {
         Growing {
             background,
