@@ -4,6 +4,8 @@
 //! the C table that torch ≥ 2.10 hangs on its tensor type, `capsule` by `__dlpack__`, `ndarray` by numpy's own C API.
 //! `vectorcall` makes the one callable type that needs CPython's C API by hand.
 
+// Without Python only its tests use it.
+#[cfg_attr(not(feature = "python"), allow(dead_code))]
 mod managed;
 pub use managed::Managed;
 #[cfg(feature = "python")]
