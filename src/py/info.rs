@@ -1,7 +1,8 @@
 //! Small functions of the module: build and library information, plan headers, page-locked arrays.
 
+use super::convert::{metadata, pip_folders, stream_handle};
+use super::export::export;
 use super::import::{import, Library};
-use super::{engine::pip_folders, engine::stream_handle, export::export};
 use crate::cuda::memory::{DEVICE_ALLOCATIONS, HOST_ALLOCATIONS};
 use crate::cuda::Device;
 use crate::dtype::DType;
@@ -11,7 +12,7 @@ use crate::shape::Dims;
 use crate::tensor::{OwnedTensor, Place, TensorView};
 use crate::trt::plan::PlanFile;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyTuple};
+use pyo3::types::PyDict;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
@@ -83,11 +84,6 @@ fn read_plan<'py>(py: Python<'py>, path: PathBuf) -> PyResult<Bound<'py, PyDict>
     Ok(d)
 }
 
-/// Ultralytics' JSON as Python objects.
-pub fn metadata<'py>(py: Python<'py>, json: Option<&str>) -> PyResult<Option<Bound<'py, PyAny>>> {
-    json.map(|text| py.import("json")?.call_method1("loads", (text,))).transpose()
-}
-
 /// An uninitialised numpy array in page-locked memory that the GPU of ordinal 0 (and, being portable, every other) can
 /// address: inputs made of it are used in place on an integrated GPU and copied asynchronously on a discrete one.
 ///
@@ -145,9 +141,4 @@ fn record(py: Python<'_>, tensor: &Bound<'_, PyAny>, stream: &Bound<'_, PyAny>) 
     // The producer may have been told a stream by `import`; ours only.
     let _ = py;
     Ok(record_stream(found.view.ptr, handle)?)
-}
-
-/// `(1, 3, 64, 64)`
-pub fn shape<'py>(py: Python<'py>, dims: &Dims) -> PyResult<Bound<'py, PyTuple>> {
-    PyTuple::new(py, dims.as_slice())
 }

@@ -1,11 +1,15 @@
 //! The Python module `jetrt._core`. Only this folder (and `dlpack`, for capsules and the call protocol) knows pyo3.
 
+mod call;
+mod convert;
 mod engine;
 pub(crate) mod errors;
 mod export;
 mod import;
 mod info;
 mod logging;
+mod probe;
+mod tables;
 mod tensor;
 
 use pyo3::prelude::*;
@@ -15,7 +19,7 @@ use pyo3::prelude::*;
 pub fn core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     engine::register(m)?;
     m.add_class::<tensor::Tensor>()?;
-    m.add_function(wrap_pyfunction!(import::describe, m)?)?;
-    m.add_function(wrap_pyfunction!(import::roundtrip, m)?)?;
+    m.add_function(wrap_pyfunction!(probe::describe, m)?)?;
+    m.add_function(wrap_pyfunction!(probe::roundtrip, m)?)?;
     info::register(m)
 }
