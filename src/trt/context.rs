@@ -262,7 +262,6 @@ impl Context {
 
     /// The typed error of a failed enqueue or context: with TensorRT's lines since the mark.
     pub fn explain(&self, e: Error, mark: u64) -> Error {
-        self.engine
-            .maybe_out_of_memory(e.with_log(crate::log::TENSORRT.since(mark)), self.engine.device_memory)
+        self.engine.failed(e, mark)
     }
 }

@@ -4,7 +4,7 @@ use super::abi::{
     self, allocation_strategy, engine as slot, opt_profile_selector, runtime as runtime_slot, tensor_io_mode, tensor_location,
 };
 use super::library::Library;
-use super::object::{call, refused, text, Object, RawDims};
+use super::object::{call, text, Object, RawDims};
 use super::plan::PlanFile;
 use super::Context;
 use crate::cuda::Device;
@@ -142,7 +142,7 @@ impl Engine {
         });
         report.peak_host_bytes = peak;
         let lines = crate::log::TENSORRT.since(mark);
-        let object = Object::new(made?).ok_or_else(|| not_deserialised(plan, lib, lines.clone()))?;
+        let object = Object::new(made?).ok_or_else(|| not_deserialised(plan, lib, device, lines.clone()))?;
         report.warnings = lines;
         let mut engine = Engine {
             handle: Mutex::new(None),
@@ -273,14 +273,8 @@ impl Engine {
             )
         }?;
         let object = Object::new(made).ok_or_else(|| {
-            let e = refused(
-                format!(
-                    "{}: TensorRT could not create an execution context ({} bytes of device memory)",
-                    self.label, self.device_memory
-                ),
-                mark,
-            );
-            self.maybe_out_of_memory(e, self.device_memory)
+            let what = format!("{}: TensorRT could not create an execution context", self.label);
+            self.failed(Error::new(Kind::Inference, what), mark)
         })?;
         Context::new(object, Arc::clone(self))
     }
@@ -292,24 +286,33 @@ impl Engine {
         drop(handle);
     }
 
-    /// TensorRT reports a failed allocation only in its log: make the typed error of it.
-    pub(super) fn maybe_out_of_memory(&self, e: Error, requested: u64) -> Error {
-        let m = e.message();
-        if !(m.contains("out of memory") || m.contains("OutOfMemory") || m.contains("could not be allocated")) {
-            return e;
+    /// An error with TensorRT's lines since the mark. A failed allocation is reported only there: then it is the typed one.
+    pub(super) fn failed(&self, e: Error, mark: u64) -> Error {
+        let lines = crate::log::TENSORRT.since(mark);
+        if !lines.iter().any(|l| is_out_of_memory(l)) {
+            return e.with_log(lines);
         }
-        let (free, total) = self.device.memory().unwrap_or((0, 0));
-        Error::new(
-            Kind::OutOfMemory,
-            format!(
-                "{m}\n{free} bytes free of {total} on cuda:{}. Free device memory or use fewer contexts.",
-                self.device.ordinal
-            ),
-        )
-        .with("requested", requested)
-        .with("free", free)
-        .with("total", total)
+        let what = format!("{} for lack of memory ({} bytes of scratch space)", e.message(), self.device_memory);
+        out_of_memory(self.device, &what, self.device_memory).with_log(lines)
     }
+}
+
+fn is_out_of_memory(line: &str) -> bool {
+    line.contains("out of memory") || line.contains("OutOfMemory") || line.contains("could not be allocated")
+}
+
+fn out_of_memory(device: &Device, what: &str, requested: u64) -> Error {
+    let (free, total) = device.memory().unwrap_or((0, 0));
+    Error::new(
+        Kind::OutOfMemory,
+        format!(
+            "{what}: {free} bytes free of {total} on cuda:{}. Free device memory or use fewer contexts.",
+            device.ordinal
+        ),
+    )
+    .with("requested", requested)
+    .with("free", free)
+    .with("total", total)
 }
 
 fn check_version(lib: &Library, plan: &PlanFile) -> Result<()> {
@@ -344,11 +347,20 @@ fn version_error(plan: &PlanFile, lib: &Library, lines: Vec<String>) -> Error {
 }
 
 #[cold]
-fn not_deserialised(plan: &PlanFile, lib: &Library, lines: Vec<String>) -> Error {
+fn not_deserialised(plan: &PlanFile, lib: &Library, device: &Device, lines: Vec<String>) -> Error {
     let says = |s: &str| lines.iter().any(|l| l.contains(s));
     let path = plan.path.display();
     if says("not compatible with this version of TensorRT") || says("incompatible serialization version") {
         return version_error(plan, lib, lines);
+    }
+    let what = format!(
+        "{path}: TensorRT {} could not deserialise this plan (built by TensorRT {})",
+        lib.version, plan.header.version
+    );
+    if lines.iter().any(|l| is_out_of_memory(l)) {
+        return out_of_memory(device, &format!("{what} for lack of memory"), plan.plan().len() as u64)
+            .with("path", path.to_string())
+            .with_log(lines);
     }
     let next = if says("getEngineHostCodeAllowed") {
         "The plan carries host code (a version-compatible plan does), which would run in this process: load it with allow_host_code=True only if you trust where it comes from."
@@ -356,27 +368,14 @@ fn not_deserialised(plan: &PlanFile, lib: &Library, lines: Vec<String>) -> Error
         "The plan was built for another GPU: build it again on this one."
     } else if says("Platform specific tag mismatch") {
         "The plan was built on another platform (x86-64 against aarch64): build it again here."
-    } else if says("could not be allocated") || says("out of memory") {
-        "There is not enough device memory for it: free some, or load the largest engine first."
     } else if says("plugin") || says("Plugin") {
         "It needs a plugin library: pass plugins=[\"…\"]."
     } else {
         "The file is damaged, or TensorRT's log lines below say why."
     };
-    let kind = if says("could not be allocated") || says("out of memory") {
-        Kind::OutOfMemory
-    } else {
-        Kind::Deserialize
-    };
-    Error::new(
-        kind,
-        format!(
-            "{path}: TensorRT {} could not deserialise this plan (built by TensorRT {}). {next}",
-            lib.version, plan.header.version
-        ),
-    )
-    .with("path", path.to_string())
-    .with_log(lines)
+    Error::new(Kind::Deserialize, format!("{what}. {next}"))
+        .with("path", path.to_string())
+        .with_log(lines)
 }
 
 /// Runs `work` and samples how much unreclaimable memory the process has above its start.
