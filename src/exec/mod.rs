@@ -1,17 +1,26 @@
-//! Running an engine: what to do with each input (`plan`, pure), who owns which memory (`pool`, `session`), when a graph
-//! replays (`graphs`), and the one place that orders streams (`executor`).
+//! Running an engine. A call goes through `executor`, which alone orders streams: `resolve` (shapes; the rules are in `plan`,
+//! pure), `inputs`, then `replay` of a graph or an eager enqueue with `outputs`; `capture` makes the graphs that `graphs` keeps.
+//! Who owns which memory: `pool` (outputs), `session` (a context and its staging). `callers_capture` is the case in which the
+//! caller captures.
 
 mod background;
+mod callers_capture;
+mod capture;
 mod executor;
 mod graphs;
+mod inputs;
+mod outputs;
 pub mod plan;
 mod pool;
+mod replay;
+mod resolve;
 mod session;
 pub mod stats;
 mod streams;
 mod tensors;
 
-pub use executor::{Call, Executor, Options, Outputs, Prepared};
+pub use capture::Prepared;
+pub use executor::{Call, Executor, Options, Outputs};
 pub use graphs::GraphMode;
 pub use plan::{HostMode, OnDtype, OnStrided, Policy, ProfileChoice};
 pub use pool::{record_stream, OutputMode};
