@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from .. import _core
-from ..errors import EngineBuildError, LibraryNotFoundError, PlanError, UnsupportedVersionError
+from ..errors import CudaError, EngineBuildError, LibraryNotFoundError, PlanError, UnsupportedVersionError
 from ..runtime import BuildConfig, EngineCacheEntry, Model
 from ._file import FileRuntime, log
 
@@ -23,7 +23,7 @@ class TensorrtRuntime(FileRuntime):
     def missing(cls) -> list[str]:
         try:
             _core.library_info()
-        except (LibraryNotFoundError, UnsupportedVersionError) as error:
+        except (LibraryNotFoundError, UnsupportedVersionError, CudaError) as error:
             return [str(error).rstrip(".")]
         return []
 
