@@ -97,6 +97,9 @@ pub const CANDIDATES: [&str; 3] = [
     "/usr/lib/aarch64-linux-gnu/tegra/libcuda.so.1",
 ];
 
+/// What the kernel's PTX needs.
+const OLDEST: i32 = 12020;
+
 pub struct Driver {
     pub(super) f: Table,
     pub library: &'static str,
@@ -169,6 +172,19 @@ impl Driver {
         let mut version = 0;
         // SAFETY: the pointer is to a live int.
         self.check("cuDriverGetVersion", unsafe { (self.f.cuDriverGetVersion)(&mut version) })?;
+        if version < OLDEST {
+            let found = format!("CUDA {}.{}", version / 1000, version % 1000 / 10);
+            return Err(Error::new(
+                Kind::UnsupportedVersion,
+                format!(
+                    "{}: this CUDA driver is of {found}; jetrt needs one of CUDA 12.2 (JetPack 6.0) or later. Update the driver.",
+                    self.library
+                ),
+            )
+            .with("library", self.library)
+            .with("found", found)
+            .with("supported", "CUDA 12.2 or later"));
+        }
         self.version = version;
         Ok(())
     }
@@ -202,10 +218,13 @@ impl Driver {
             700 | 716 | 717 | 718 | 719 => "An earlier kernel on this device failed and the CUDA context is unusable: restart the process; CUDA_LAUNCH_BLOCKING=1 finds the kernel.",
             _ => "See the CUDA driver API documentation of this call.",
         };
-        Error::new(Kind::Cuda, format!("{call} failed: {name} ({code}): {what}. {next}"))
-            .with("call", call)
-            .with("code", i64::from(code))
-            .with("name", name)
+        Error::new(
+            Kind::Cuda,
+            format!("{call} failed: {name} ({code}): {}. {next}", what.trim_end_matches('.')),
+        )
+        .with("call", call)
+        .with("code", i64::from(code))
+        .with("name", name)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Shapes that were checked and resolved once: in the steady state a call only finds them again.
 
 use super::executor::{locked, Executor};
-use super::plan::{choose_profile, OutputPlan};
+use super::plan::{choose_profile, need, OutputPlan};
 use super::session::{copy_packed, Session};
 use super::stats::Stats;
 use crate::cuda::Stream;
@@ -36,16 +36,19 @@ pub(super) const SIGNATURES: usize = 256;
 impl Executor {
     /// The resolved shapes of these inputs, checked. In the steady state this compares, and computes nothing.
     pub(super) fn resolve(&self, session: &mut Session, inputs: &[TensorView]) -> Result<Arc<Resolved>> {
-        let values = |v: &TensorView, io: &IoTensor| -> Vec<u8> {
+        let values = |v: &TensorView, io: &IoTensor| -> Result<Vec<u8>> {
             if !io.host {
-                return Vec::new();
+                return Ok(Vec::new());
             }
+            // Before a byte is read: it must be host memory, and of the engine's type.
+            need(io, v, self.device.ordinal, &self.options.policy)?;
             let mut bytes = vec![0u8; v.bytes().unwrap_or(0) as usize];
             copy_packed(bytes.as_mut_ptr() as u64, v);
-            bytes
+            Ok(bytes)
         };
         let host: Vec<Vec<u8>> = if self.has_host_inputs {
-            inputs.iter().enumerate().map(|(k, v)| values(v, self.input(k))).collect()
+            let all = inputs.iter().enumerate().map(|(k, v)| values(v, self.input(k)));
+            all.collect::<Result<_>>()?
         } else {
             Vec::new()
         };

@@ -289,7 +289,7 @@ impl EngineBase {
         let mut read = self.reader();
         self.import_all(&a.inputs, &stream, &mut read)?;
         let given = match a.out {
-            Some(out) => Some(self.import_out(&out)?),
+            Some(out) => Some(self.import_out(&out, read.stream)?),
             None => None,
         };
         let to_host = read.to_host && given.is_none();
@@ -359,13 +359,9 @@ impl EngineBase {
                 }
                 continue;
             }
-            let one: Imported = import::import(obj, &io.name, Some(reader), self.device())?;
+            let mut one: Imported = import::import(obj, &io.name, Some(reader), self.device())?;
+            resolve_place(&mut one)?;
             *view = one.view;
-            if one.place_assumed && view.ptr != 0 {
-                if let Some(d) = device_of(view.ptr)? {
-                    view.place = Place::Device(d);
-                }
-            }
             let on_device = matches!(view.place, Place::Device(_));
             if on_device && stream.handle.is_none() {
                 // Other libraries have ordered themselves before the engine's own front stream.
@@ -392,12 +388,14 @@ impl EngineBase {
         Ok(())
     }
 
-    fn import_out(&self, out: &Bound<'_, PyAny>) -> PyResult<Given> {
+    fn import_out(&self, out: &Bound<'_, PyAny>, stream: Option<u64>) -> PyResult<Given> {
         let mut given = Given {
             views: SmallVec::new(),
             objects: Vec::new(),
             _keep: Vec::new(),
         };
+        // Whoever still works on the caller's tensor is before the engine.
+        let reader = stream.unwrap_or_else(|| self.executor.front_stream());
         let mapping = out
             .cast::<PyMapping>()
             .map_err(|_| PyTypeError::new_err("out= takes a mapping from output name to tensor"))?;
@@ -424,7 +422,11 @@ impl EngineBase {
                 )
             };
             let obj = mapping.get_item(name.bind(out.py())).map_err(|_| PyErr::from(missing()))?;
-            let one = import::import(&obj, &io.name, None, self.device())?;
+            let mut one = import::import(&obj, &io.name, Some(reader), self.device())?;
+            resolve_place(&mut one)?;
+            if let Some(producer) = one.producer_stream.filter(|&p| p != reader) {
+                self.executor.order(producer, reader)?;
+            }
             if one.read_only {
                 return Err(Error::input(
                     Kind::Layout,
@@ -465,6 +467,16 @@ impl EngineBase {
         drop(done);
         Ok(())
     }
+}
+
+/// `__cuda_array_interface__` does not say which GPU it means; the driver does.
+fn resolve_place(one: &mut Imported) -> Result<()> {
+    if one.place_assumed && one.view.ptr != 0 {
+        if let Some(d) = device_of(one.view.ptr)? {
+            one.view.place = Place::Device(d);
+        }
+    }
+    Ok(())
 }
 
 /// The inputs of a call as views, and what keeps them alive.
