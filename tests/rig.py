@@ -6,13 +6,13 @@ import contextlib
 import ctypes
 import functools
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 import fakes
 
@@ -90,8 +90,10 @@ class Array:
         return {**found, "strides": self.strides, "stream": self.stream}
 
     def __del__(self) -> None:
-        cuda().call("cuCtxSetCurrent", PRIMARY)
+        # On whatever thread, and whatever is current there.
+        cuda().call("cuCtxPushCurrent_v2", PRIMARY)
         cuda().call("cuMemFree_v2", self.base)
+        cuda().call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_uint64()))
 
 
 def address(tensor: Any) -> int:
@@ -167,8 +169,10 @@ def mistakes() -> list[str]:
     return cuda().errors() + trt().errors()
 
 
-@pytest.fixture
-def rig() -> Iterator[None]:
+# Fixtures: a module takes them by `clean, load = map(pytest.fixture, (rig.clean, rig.load))`. -------------------------
+
+
+def clean() -> Iterator[None]:
     """Nothing leaks and nothing was done wrong: compared before and after each test."""
     import jetrt
 
@@ -181,24 +185,24 @@ def rig() -> Iterator[None]:
     yield
     gc.collect()
     enter()
-    # Modules stay; what a call has discarded is freed by a thread.
     kept = {"module": 0}
+    # What a call discarded is freed by a thread.
     until(lambda: {**live(), **kept} == {**before, **kept}, lambda: f"giving back ({before} before, {live()} now)")
     assert mistakes() == []
     assert cuda().count("cuCtxSynchronize") == 0
 
 
-@pytest.fixture
-def load(rig: None, tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """`load(program, plan fields…, options={…})`: an engine, closed at the end of the test."""
+def load(clean: None, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """`load(program, options, plan fields…)`: an engine, closed at the end of the test."""
     import jetrt
 
     engines = contextlib.ExitStack()
+    count = itertools.count()
 
     def make(
-        program: str | Mapping[str, Any] = "mlp", /, options: Mapping[str, Any] | None = None, **fields: Any
+        program: str | Mapping[str, Any] = "mlp", options: Mapping[str, Any] | None = None, /, **fields: Any
     ) -> Any:
-        path = fakes.write_plan(tmp_path / f"{len(list(tmp_path.iterdir()))}.plan", program, **fields)
+        path = fakes.write_plan(tmp_path / f"{next(count)}.plan", program, **fields)
         return engines.enter_context(jetrt.Engine(path, **(options or {})))
 
     with engines:
