@@ -8,7 +8,7 @@ use super::resolve::Resolved;
 use super::session::{HostPath, Session};
 use super::stats::Stats;
 use crate::cuda::memory::{copy_on_device, copy_to_host, fill, DeviceBuffer, PinnedBuffer};
-use crate::cuda::{Capture, Device, Graph, Relaxed, Stream};
+use crate::cuda::{Capture, Device, Graph, Relaxed, Stream, PER_THREAD};
 use crate::error::{Error, Kind, Result};
 use crate::shape::Dims;
 use crate::tensor::OwnedTensor;
@@ -400,6 +400,14 @@ impl Executor {
             return Err(self.closed_error());
         }
         let _entered = self.device.enter()?;
+        if call.stream == Some(PER_THREAD) {
+            self.check_thread(true)?;
+            return self.behind_per_thread_stream(call, |call| self.prepare_entered(call));
+        }
+        self.prepare_entered(call)
+    }
+
+    fn prepare_entered(&self, call: &Call<'_>) -> Result<Prepared> {
         let mark = crate::log::TENSORRT.mark();
         let inner = |session: &mut Session| -> Result<Prepared> {
             let resolved = self.resolve(session, call.inputs)?;

@@ -16,12 +16,13 @@ use super::stats::Stats;
 use super::streams::{Keep, Seen};
 use crate::cuda::kernel::Kernel;
 use crate::cuda::memory::{copy_to_host, DeviceBuffer};
-use crate::cuda::{Device, Event, Relaxed, Stream, LEGACY};
+use crate::cuda::{Device, Event, Relaxed, Stream, LEGACY, PER_THREAD};
 use crate::error::{Error, Kind, Result};
 use crate::tensor::{OwnedTensor, Place, TensorView};
 use crate::trt::{Engine, IoTensor};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::thread::ThreadId;
 use std::time::Duration;
 
 #[derive(Clone)]
@@ -89,6 +90,8 @@ pub struct Executor {
     pub(super) nothing: DeviceBuffer,
     /// For callers whose library has no stream, at import time.
     pub(super) front: Stream,
+    /// The thread that called on its per-thread default stream, if one did.
+    per_thread: OnceLock<ThreadId>,
     /// One session per capture of the caller's and its shapes, kept as long as the engine: its graph uses the session's memory.
     pub(super) for_captures: Mutex<Vec<CaptureSession>>,
     /// Outputs enqueued into captures of the caller's: never reused.
@@ -141,6 +144,7 @@ impl Executor {
             seen,
             nothing: DeviceBuffer::new(device, 512, "address of empty tensors")?,
             front: Stream::new(device)?,
+            per_thread: OnceLock::new(),
             for_captures: Mutex::default(),
             pinned_for_captures: Mutex::default(),
             next_id: AtomicU64::new(0),
@@ -196,7 +200,9 @@ impl Executor {
 
     /// Notes a stream object of the caller's and keeps it alive: outputs may be in use there.
     pub fn keep_stream(&self, handle: u64, keep: impl FnOnce() -> Keep) {
-        self.seen.note_kept(Stream::borrowed(handle).handle(), keep);
+        if handle != PER_THREAD {
+            self.seen.note_kept(Stream::borrowed(handle).handle(), keep);
+        }
     }
 
     /// Work on `reader` from now on starts after what is enqueued on `producer` by now.
@@ -213,9 +219,54 @@ impl Executor {
         }
         let _entered = self.device.enter()?;
         let mark = crate::log::TENSORRT.mark();
-        self.run_entered(call)
+        let per_thread = call.stream == Some(PER_THREAD);
+        if per_thread || self.per_thread.get().is_some() {
+            self.check_thread(per_thread)?;
+        }
+        let run = || match per_thread {
+            true => self.behind_per_thread_stream(call, |call| self.run_entered(call)),
+            false => self.run_entered(call),
+        };
+        run()
             .map_err(|e| self.explain(e, call, mark))
             .inspect(|_| Stats::add(&self.stats.calls, 1))
+    }
+
+    /// The per-thread default stream is another one in each thread, under one handle: what one thread still reads there, no
+    /// other thread's call can wait for.
+    #[cold]
+    pub(super) fn check_thread(&self, per_thread: bool) -> Result<()> {
+        let me = std::thread::current().id();
+        let owner = if per_thread {
+            self.per_thread.get_or_init(|| me)
+        } else {
+            self.per_thread.get().unwrap_or(&me)
+        };
+        if *owner == me {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::Argument,
+            "this engine was called on the per-thread default stream (handle 2) of another thread, whose work no other thread can wait for. \
+             Pass a stream of your own (stream=) where an engine is called from several threads.",
+        ))
+    }
+
+    /// Runs the call on the engine's front stream, joined to the per-thread stream of this thread by events both ways: the
+    /// handle of that one is good in this thread only.
+    #[cold]
+    pub(super) fn behind_per_thread_stream<T>(&self, call: &Call<'_>, run: impl FnOnce(&Call<'_>) -> Result<T>) -> Result<T> {
+        if Stream::borrowed(PER_THREAD).capture_id()?.is_some() {
+            return run(call);
+        }
+        let front = self.front_stream();
+        self.order(PER_THREAD, front)?;
+        let done = run(&Call {
+            stream: Some(front),
+            ..*call
+        });
+        self.order(front, PER_THREAD)?;
+        done
     }
 
     /// What was bound goes into the exception of a call that TensorRT or CUDA refused.
