@@ -1,5 +1,5 @@
-"""What an eager call costs on the legacy default stream: enqueued there directly, and on the engine's own stream joined by
-events (what jetrt does). Host time with the GPU idle and with work waiting on the stream, and time to completion.
+"""What an eager call costs on the legacy default stream: enqueued there directly, and on a stream of the engine's that
+CUDA orders with it (what jetrt does). Host time with the GPU idle and with work waiting, and time to completion.
 
     python benches/legacy_stream.py --engines FOLDER
 """
@@ -59,7 +59,8 @@ def main() -> None:
                 timed(f"{name}: host time of a call, a large matrix product waiting", lambda call=call: call(**inputs))
                 timed(f"{name}: 20 calls until they are done", lambda call=call: to_completion(call))
     rows = {name: summary(values) for name, values in sorted(samples.items())}
-    print(markdown(("us", "min", "median", "p99"), [(n, *(f"{r[k] / 1e3:.1f}" for k in ("min", "median", "p99"))) for n, r in rows.items()]))
+    keys = ("min", "median", "p99")
+    print(markdown(("us", *keys), [(n, *(f"{r[k] / 1e3:.1f}" for k in keys)) for n, r in rows.items()]))
     write("legacy_stream", {"command": relative_command(), "machine": machine(), "unit": "ns", "rows": rows})
 
 

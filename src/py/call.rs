@@ -73,8 +73,8 @@ pub(super) struct CallStream {
     handle: Option<u64>,
     /// Current streams of the other libraries among the inputs: the work goes behind those too.
     others: Inline<u64>,
-    /// Is an input torch's?
-    has_torch: bool,
+    /// The inputs' memory could be reused before the stream has read it: they must outlive the work.
+    keep: bool,
 }
 
 impl EngineBase {
@@ -209,36 +209,38 @@ impl EngineBase {
         .into()
     }
 
-    /// Which stream the work is ordered on: the one named, else the current one of the inputs' library.
-    pub(super) fn choose_stream(&self, py: Python<'_>, a: &Arguments<'_, '_>) -> PyResult<CallStream> {
+    /// Which stream the work is ordered on: the one named, else the current one of the inputs' library. `left` are the
+    /// inputs that are not read yet.
+    fn choose_stream(&self, py: Python<'_>, a: &Arguments<'_, '_>, torch_on_gpu: bool, left: &[usize]) -> PyResult<CallStream> {
         let mut chosen = CallStream {
             handle: None,
             others: SmallVec::new(),
-            has_torch: false,
+            keep: false,
         };
         if let Some(s) = a.stream {
+            // A stream that was named is what the caller ordered the inputs on, of whatever library they are.
             let handle = stream_handle(&s)?;
             self.executor.keep_stream(handle, || Box::new(Bound::clone(&s).unbind()));
             chosen.handle = Some(handle);
         }
-        let mut has_cupy = false;
-        for obj in a.inputs.iter().flatten() {
-            let library = import::library_of(obj);
-            let asked = match library {
-                Library::Torch => &mut chosen.has_torch,
-                Library::Cupy => &mut has_cupy,
-                _ => continue,
-            };
-            if !std::mem::replace(asked, true) {
-                // A stream that was named is what the caller ordered the inputs on, of whatever library they are.
-                if a.stream.is_some() {
-                    continue;
-                }
-                match (import::current_stream(py, library, self.device())?, chosen.handle) {
-                    (Some(h), None) => chosen.handle = Some(h),
-                    (Some(h), Some(first)) if h != first => chosen.others.push(h),
-                    _ => {}
-                }
+        let among_left = |library: Library| {
+            left.iter()
+                .any(|&k| a.inputs[k].as_ref().is_some_and(|o| import::library_of(o) == library))
+        };
+        // Tensors on the host have no stream.
+        for (library, asked) in [
+            (Library::Torch, torch_on_gpu || among_left(Library::Torch)),
+            (Library::Cupy, among_left(Library::Cupy)),
+        ] {
+            if !asked {
+                continue;
+            }
+            match (import::current_stream(py, library, self.device())?, chosen.handle) {
+                (Some(h), None) => chosen.handle = Some(h),
+                (Some(h), Some(first)) if h != first && a.stream.is_none() => chosen.others.push(h),
+                // Its allocator orders memory on its own stream, not on the named one.
+                (Some(h), Some(named)) => chosen.keep |= h != named,
+                _ => {}
             }
         }
         Ok(chosen)
@@ -282,12 +284,7 @@ impl EngineBase {
         if let Some(k) = a.inputs.iter().position(Option::is_none) {
             return Err(self.missing(k));
         }
-        let stream = self.choose_stream(py, a)?;
-        if stream.has_torch {
-            self.check_gradient(py, &a.inputs)?;
-        }
-        let mut read = self.reader();
-        self.import_all(&a.inputs, &stream, &mut read)?;
+        let mut read = self.read_inputs(py, a)?;
         let given = match a.out {
             Some(out) => Some(self.import_out(&out, read.stream)?),
             None => None,
@@ -340,25 +337,46 @@ impl EngineBase {
         Ok(results)
     }
 
-    /// Fills in `read`, over what the last call left there.
-    pub(super) fn import_all(&self, inputs: &[Option<Borrowed<'_, '_, PyAny>>], stream: &CallStream, read: &mut Read) -> PyResult<()> {
+    /// Every input as a view, over what the last call left there.
+    pub(super) fn read_inputs(&self, py: Python<'_>, a: &Arguments<'_, '_>) -> PyResult<Box<Read>> {
+        let mut read = self.reader();
+        // torch's exchange table needs no stream, and tells whether there is one to ask for.
+        let mut left: Inline<usize> = SmallVec::new();
+        let mut torch_on_gpu = false;
+        for (k, obj) in a.inputs.iter().flatten().enumerate() {
+            let view = &mut read.views[k];
+            if !import::exchanged(obj, &self.input(k).name, view)? {
+                left.push(k);
+                continue;
+            }
+            let on_device = matches!(view.place, Place::Device(_));
+            torch_on_gpu |= on_device;
+            if k == 0 {
+                read.library = Library::Torch;
+                read.to_host = !on_device;
+            }
+            if !on_device {
+                read.objects.push(Bound::clone(obj).unbind());
+            }
+        }
+        if left.len() < a.inputs.len()
+            || left
+                .iter()
+                .any(|&k| a.inputs[k].as_ref().is_some_and(|o| import::library_of(o) == Library::Torch))
+        {
+            self.check_gradient(py, &a.inputs)?;
+        }
+        let stream = self.choose_stream(py, a, torch_on_gpu, &left)?;
         read.stream = stream.handle;
         // A producer that orders itself before its reader must know the reader's stream now.
         let reader = stream.handle.unwrap_or_else(|| self.executor.front_stream());
-        for (k, obj) in inputs.iter().flatten().enumerate() {
+        if stream.keep {
+            read.objects.extend(a.inputs.iter().flatten().map(|obj| Bound::clone(obj).unbind()));
+        }
+        for k in left {
+            let Some(obj) = &a.inputs[k] else { continue };
             let io = self.input(k);
             let view = &mut read.views[k];
-            if import::exchanged(obj, &io.name, view)? {
-                let on_device = matches!(view.place, Place::Device(_));
-                if k == 0 {
-                    read.library = Library::Torch;
-                    read.to_host = !on_device;
-                }
-                if !on_device {
-                    read.objects.push(Bound::clone(obj).unbind());
-                }
-                continue;
-            }
             let mut one: Imported = import::import(obj, &io.name, Some(reader), self.device())?;
             resolve_place(&mut one)?;
             *view = one.view;
@@ -377,15 +395,17 @@ impl EngineBase {
             match one.keep {
                 Some(keep) => read.keep.push(keep),
                 // Page-locked arrays may be read in place after the call has returned.
-                // A tensor of a library without a stream of its own must outlive the work.
-                None if !on_device || stream.handle.is_none() => read.objects.push(Bound::clone(obj).unbind()),
+                // A tensor of a library that does not free in stream order must outlive the work.
+                None if !on_device || stream.handle.is_none() || one.library == Library::Other => {
+                    read.objects.push(Bound::clone(obj).unbind())
+                }
                 None => {}
             }
         }
         for &other in &stream.others {
             self.executor.order(other, reader)?;
         }
-        Ok(())
+        Ok(read)
     }
 
     fn import_out(&self, out: &Bound<'_, PyAny>, stream: Option<u64>) -> PyResult<Given> {
@@ -445,7 +465,7 @@ impl EngineBase {
     }
 
     /// Where the inputs of a call are read into: what the last call used, unless another thread has it.
-    pub(super) fn reader(&self) -> Box<Read> {
+    fn reader(&self) -> Box<Read> {
         let mut read = locked(&self.spare).take().unwrap_or_default();
         read.views.resize(self.executor.inputs.len(), TensorView::default());
         read.library = Library::default();

@@ -291,9 +291,7 @@ impl EngineBase {
             if let Some(k) = a.inputs.iter().position(Option::is_none) {
                 return Err(self.missing(k));
             }
-            let chosen = self.choose_stream(py, &a)?;
-            let mut read = self.reader();
-            self.import_all(&a.inputs, &chosen, &mut read)?;
+            let read = self.read_inputs(py, &a)?;
             let call = Call {
                 inputs: &read.views,
                 stream: read.stream,

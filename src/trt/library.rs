@@ -87,9 +87,9 @@ const FOLDERS: [&str; 9] = [
     "/usr/local/cuda/lib64",
 ];
 
-/// The majors to look for, the plan's own first; 8 last, only to say by name that it is not supported.
+/// The majors to look for, the plan's own first; the last three only to say by name that they are not supported.
 fn majors(plan: Option<PlanVersion>) -> Vec<u32> {
-    let mut m = vec![10, 11, 8];
+    let mut m = vec![10, 11, 12, 9, 8];
     if let Some(p) = plan {
         m.sort_by_key(|&x| x != u32::from(p.major));
     }
@@ -385,7 +385,7 @@ mod tests {
 
     #[test]
     fn the_plans_major_is_tried_first() {
-        assert_eq!(majors(None), [10, 11, 8]);
+        assert_eq!(majors(None), [10, 11, 12, 9, 8]);
         assert_eq!(
             majors(Some(PlanVersion {
                 major: 11,
@@ -393,7 +393,7 @@ mod tests {
                 patch: 0,
                 build: 0
             })),
-            [11, 10, 8]
+            [11, 10, 12, 9, 8]
         );
     }
 }

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 # Relative to the largest reference value. mlp was built with TF32 allowed, as is TensorRT's default: with a mantissa of
-# 10 bits 1e-5 is out of reach (up to 1.1e-3 measured). That jetrt itself adds nothing to it, test_binding.py shows: bit for
+# 10 bits 1e-5 is out of reach (up to 1.1e-3 measured). That jetrt adds nothing to it, test_binding.py shows: bit for
 # bit what NVIDIA's own binding gives.
 TOLERANCE = {"mlp": 2e-3, "conv_fp16": 1e-2}
 ONNX = {"mlp": "mlp.onnx", "conv_fp16": "conv.onnx"}
