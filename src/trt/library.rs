@@ -8,6 +8,7 @@ use crate::error::{Error, Kind, Result};
 use libloading::os::unix::{Library as Dl, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
 use std::ffi::{c_char, c_void, CStr};
 use std::fmt;
+use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 
@@ -54,7 +55,8 @@ const JETPACKS: &str =
 
 /// `libnvinfer`, opened for the life of the process.
 pub struct Library {
-    dl: Dl,
+    /// Never closed, not even when the version is refused: unloading what has run its initialisers is not safe.
+    dl: ManuallyDrop<Dl>,
     pub path: PathBuf,
     /// Which step of the search found it.
     pub found_by: &'static str,
@@ -238,7 +240,7 @@ fn try_open(path: &Path, found_by: &'static str) -> Result<Library, String> {
     }
     let path = real_path(&dl).unwrap_or_else(|| path.to_path_buf());
     Ok(Library {
-        dl,
+        dl: ManuallyDrop::new(dl),
         path,
         found_by,
         version,
