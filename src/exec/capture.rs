@@ -3,7 +3,7 @@
 use super::executor::{locked, Call, Executor, Outputs};
 use super::graphs::{Entry, GraphMode, Graphs, KeyRef, OutputSet, Verdict};
 use super::plan::Need;
-use super::pool::{Buffer, OutputMode, Where};
+use super::pool::{OutputMode, Where};
 use super::resolve::Resolved;
 use super::session::{HostPath, Session};
 use super::stats::Stats;
@@ -192,10 +192,10 @@ impl Executor {
             if given {
                 targets.push(eager[k].view.ptr);
             } else {
-                let name = format!("output '{}' of a graph", self.output(k).name);
-                let b = Buffer::new(self.device, plan.bytes, place, &name)?;
-                targets.push(b.ptr());
-                trial.set.buffers.push(b);
+                let name = &self.output(k).name;
+                let lease = self.pool.lease(k, plan.bytes, place, &trial.stream, false, name, &self.stats)?;
+                targets.push(lease.buffer().ptr());
+                trial.set.buffers.push(lease);
             }
         }
         let from: Vec<u64> = eager.iter().map(|o| o.view.ptr).collect();

@@ -140,7 +140,7 @@ impl Executor {
             signatures: Mutex::default(),
             graphs: Mutex::new(Graphs::new(options.graphs, options.warmup, options.graph_bytes)),
             graphs_off: options.graphs == GraphMode::Off,
-            pool: Pool::new(device, Arc::clone(&seen), Arc::clone(&background), outputs.len()),
+            pool: Pool::new(device, Arc::clone(&seen), Arc::clone(&background), options.outputs, outputs.len()),
             seen,
             nothing: DeviceBuffer::new(device, 512, "address of empty tensors")?,
             front: Stream::new(device)?,

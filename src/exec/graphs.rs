@@ -1,6 +1,6 @@
 //! Captured graphs of one engine: which call may replay which graph, and when a graph is worth capturing.
 
-use super::pool::Buffer;
+use super::pool::Lease;
 use crate::cuda::Graph;
 use crate::shape::Dims;
 use crate::trt::Context;
@@ -60,7 +60,7 @@ impl KeyRef<'_> {
 /// The output buffers that a graph writes. Held by results too: while one of them lives, the graph is not replayed.
 #[derive(Debug)]
 pub struct OutputSet {
-    pub buffers: Vec<Arc<Buffer>>,
+    pub buffers: Vec<Arc<Lease>>,
 }
 
 /// The verdict on a graph's first replay against eager, written by whoever compared.

@@ -136,6 +136,9 @@ impl Executor {
                     "no out= for an output whose shape depends on the data".into(),
                 );
             }
+            if v.place != Place::Device(self.device.ordinal) {
+                return wrong(Kind::Device, v.place.to_string(), format!("cuda:{}", self.device.ordinal));
+            }
             if v.dtype != io.dtype {
                 return wrong(Kind::DType, v.dtype.name().into(), io.dtype.name().into());
             }
@@ -148,9 +151,6 @@ impl Executor {
                     v.to_string(),
                     format!("row-major, at a multiple of {} bytes", super::plan::ALIGNMENT),
                 );
-            }
-            if v.place != Place::Device(self.device.ordinal) {
-                return wrong(Kind::Device, v.place.to_string(), format!("cuda:{}", self.device.ordinal));
             }
         }
         Ok(())

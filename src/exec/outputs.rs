@@ -1,7 +1,7 @@
 //! Outputs of an eager call: the memory that each is written to, and the tensors made of it.
 
 use super::executor::{locked, Call, Executor, Outputs};
-use super::pool::{Buffer, OutputMode, Where};
+use super::pool::Where;
 use super::resolve::Resolved;
 use super::session::Session;
 use crate::cuda::Stream;
@@ -16,7 +16,6 @@ pub(super) type Targets = SmallVec<[Target; 2]>;
 /// Where one output of an eager call is written.
 pub(super) enum Target {
     Leased(Arc<super::pool::Lease>),
-    Fresh(Arc<Buffer>),
     Scratch(u64),
     Given(TensorView),
     Allocated(Arc<Mutex<Option<Arc<super::pool::Lease>>>>),
@@ -58,21 +57,12 @@ impl Executor {
             }
             let target = if place == Where::Device && call.to_host {
                 Target::Scratch(session.scratch(t, plan.bytes, self.device, &io.name, &self.stats)?)
-            } else if self.options.outputs == OutputMode::Fresh {
-                Target::Fresh(Buffer::new(self.device, plan.bytes, place, &format!("output '{}'", io.name))?)
             } else {
                 Target::Leased(self.pool.lease(k, plan.bytes, place, work, alone, &io.name, &self.stats)?)
             };
             // A host output is written by the host: it gets the host's address.
             let address = match &target {
                 Target::Scratch(p) => *p,
-                Target::Fresh(b) => {
-                    if io.host {
-                        b.host().unwrap_or(0)
-                    } else {
-                        b.ptr()
-                    }
-                }
                 Target::Leased(l) => {
                     if io.host {
                         l.buffer().host().unwrap_or(0)
@@ -121,7 +111,6 @@ impl Executor {
             outputs.push(match target {
                 Target::Given(v) => self.owned(k, v.ptr, None, dims, nobody()),
                 Target::Scratch(p) => self.owned(k, p, None, dims, nobody()),
-                Target::Fresh(b) => self.owned(k, b.ptr(), b.host(), dims, b),
                 Target::Leased(l) => self.owned(k, l.buffer().ptr(), l.buffer().host(), dims, l),
                 Target::Allocated(slot) => {
                     // Always disarmed, so that a failed call leaves nothing behind in the context.

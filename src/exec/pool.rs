@@ -152,6 +152,7 @@ pub struct Pool {
     device: &'static Device,
     seen: Arc<Seen>,
     background: Arc<Background>,
+    mode: OutputMode,
     free: Mutex<Free>,
 }
 
@@ -159,12 +160,13 @@ pub struct Pool {
 const KEEP_FREE: usize = 32;
 
 impl Pool {
-    pub fn new(device: &'static Device, seen: Arc<Seen>, background: Arc<Background>, outputs: usize) -> Arc<Pool> {
+    pub fn new(device: &'static Device, seen: Arc<Seen>, background: Arc<Background>, mode: OutputMode, outputs: usize) -> Arc<Pool> {
         let lists = (0..outputs).map(|_| Default::default()).collect();
         Arc::new(Pool {
             device,
             seen,
             background,
+            mode,
             free: Mutex::new(Free { lists, closed: false }),
         })
     }
@@ -233,6 +235,10 @@ impl Pool {
     fn give_back(&self, output: usize, buffer: Arc<Buffer>) {
         let place = if buffer.host().is_some() { Where::Host } else { Where::Device };
         let mut free = locked(&self.free);
+        if self.mode == OutputMode::Fresh && !free.closed {
+            drop(free);
+            return self.free_after_use(buffer);
+        }
         if !free.closed {
             // At the front when it could not be ordered is not worth the care: the next call tries again.
             free.lists[output][place as usize].push(buffer);

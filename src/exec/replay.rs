@@ -59,16 +59,16 @@ impl Executor {
     /// now, because one of those streams is being captured.
     pub(super) fn order_replay(&self, entry: &mut Entry, stream: &Stream) -> Result<bool> {
         let alone = self.seen.note(stream.handle());
-        if !alone || entry.set.buffers.iter().any(|b| b.has_announced()) {
+        if !alone || entry.set.buffers.iter().any(|l| l.buffer().has_announced()) {
             // Readers of the last result that were on another stream, and the last replay itself.
-            let mut announced: Vec<u64> = entry.set.buffers.iter().flat_map(|b| b.take_announced()).collect();
+            let mut announced: Vec<u64> = entry.set.buffers.iter().flat_map(|l| l.buffer().take_announced()).collect();
             let count = announced.len();
             announced.push(entry.last_stream);
             let ordered = self.seen.order_after_all(stream, &announced);
             if !matches!(ordered, Ok(true)) {
                 // Still to be waited for, by whoever reuses the set.
-                if let Some(b) = entry.set.buffers.first() {
-                    b.announce(&announced[..count]);
+                if let Some(l) = entry.set.buffers.first() {
+                    l.buffer().announce(&announced[..count]);
                 }
                 return ordered;
             }
@@ -81,7 +81,7 @@ impl Executor {
     pub(super) fn replayed(&self, entry: &Entry, resolved: &Resolved) -> Vec<OwnedTensor> {
         Stats::add(&self.stats.replays, 1);
         let owned = |(k, plan): (usize, &OutputPlan)| {
-            let b = &entry.set.buffers[k];
+            let b = entry.set.buffers[k].buffer();
             self.owned(k, b.ptr(), b.host(), plan.dims, Arc::clone(&entry.set) as Arc<OutputSet>)
         };
         resolved.outputs.iter().enumerate().map(owned).collect()
