@@ -84,6 +84,10 @@ class Array:
             ok("cuMemcpyHtoDAsync_v2", self.ptr, data.ctypes.data, data.nbytes, stream)
 
     @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         typestr = self.dtype.str if self.dtype.kind != "V" else "<V2"
         found = {"shape": self.shape, "typestr": typestr, "data": (self.ptr, False), "version": 3}
