@@ -17,7 +17,10 @@ pub struct Relaxed {
 
 impl Relaxed {
     pub fn enter() -> Relaxed {
-        let mut mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        Relaxed::with(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
+    }
+
+    fn with(mut mode: CUstreamCaptureMode) -> Relaxed {
         Relaxed {
             before: exchange(&mut mode).then_some(mode),
         }
@@ -42,12 +45,15 @@ impl Drop for Relaxed {
 pub struct Capture<'a> {
     stream: &'a Stream,
     open: bool,
+    /// What is captured must not allocate or wait on the side, even if this thread may otherwise.
+    _strict: Relaxed,
 }
 
 impl<'a> Capture<'a> {
     /// Thread-local mode: what other threads do (torch allocating memory, say) cannot break this capture.
     pub fn begin(stream: &'a Stream) -> Result<Capture<'a>> {
         let d = driver()?;
+        let strict = Relaxed::with(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
         // SAFETY: the stream is alive.
         unsafe {
             cuda!(
@@ -55,7 +61,11 @@ impl<'a> Capture<'a> {
                 cuStreamBeginCapture_v2(stream.raw(), CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
             )
         }?;
-        Ok(Capture { stream, open: true })
+        Ok(Capture {
+            stream,
+            open: true,
+            _strict: strict,
+        })
     }
 
     /// Ends the capture and instantiates it. Refuses an empty graph (TensorRT on a wrong device captured nothing, silently)

@@ -46,6 +46,7 @@ impl DeviceBuffer {
     pub fn new(device: &'static Device, bytes: u64, what: &str) -> Result<DeviceBuffer> {
         let d = driver()?;
         let _entered = device.enter()?;
+        let _relaxed = Relaxed::enter();
         let mut ptr = 0;
         // SAFETY: the pointer is live and a context is current.
         unsafe { cuda!(d, cuMemAlloc_v2(&mut ptr, bytes.max(1) as usize)) }.map_err(|e| out_of_memory(e, device, what, bytes))?;
@@ -92,6 +93,7 @@ impl PinnedBuffer {
     pub fn new(device: &'static Device, bytes: u64, what: &str) -> Result<PinnedBuffer> {
         let d = driver()?;
         let _entered = device.enter()?;
+        let _relaxed = Relaxed::enter();
         let mut host = std::ptr::null_mut();
         // SAFETY: the pointer is live and a context is current.
         unsafe { cuda!(d, cuMemHostAlloc(&mut host, bytes.max(1) as usize, PORTABLE | DEVICE_MAP)) }
@@ -228,6 +230,7 @@ pub fn read_back(device: i32, ptr: u64, out: &mut [u8]) -> Result<()> {
     }
     let d = driver()?;
     let _entered = Device::get(device)?.enter()?;
+    let _relaxed = Relaxed::enter();
     // SAFETY: `out` has the stated length; the caller vouches for the device range.
     unsafe { cuda!(d, cuMemcpyDtoH_v2(out.as_mut_ptr().cast(), ptr, out.len())) }
 }

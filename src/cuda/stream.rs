@@ -2,6 +2,7 @@
 
 use super::driver::{cuda, driver};
 use super::ffi::*;
+use super::graph::Relaxed;
 use super::Device;
 use crate::error::Result;
 
@@ -69,6 +70,8 @@ impl Stream {
 
     pub fn synchronize(&self) -> Result<()> {
         let d = driver()?;
+        // Another thread's capture must not mind that this one waits.
+        let _relaxed = Relaxed::enter();
         // SAFETY: the stream is alive.
         unsafe { cuda!(d, cuStreamSynchronize(self.raw)) }
     }
@@ -145,6 +148,7 @@ impl Event {
     /// Has the recorded point passed?
     pub fn is_done(&self) -> Result<bool> {
         let d = driver()?;
+        let _relaxed = Relaxed::enter();
         // SAFETY: the event is alive.
         match unsafe { (d.f.cuEventQuery)(self.raw) } {
             0 => Ok(true),
@@ -156,6 +160,7 @@ impl Event {
     /// Blocks the calling thread until the recorded point has passed.
     pub fn synchronize(&self) -> Result<()> {
         let d = driver()?;
+        let _relaxed = Relaxed::enter();
         // SAFETY: the event is alive.
         unsafe { cuda!(d, cuEventSynchronize(self.raw)) }
     }

@@ -81,6 +81,7 @@ impl Executor {
             outputs,
             done: None,
             stream: handle,
+            captured: true,
         })
     }
 

@@ -66,10 +66,8 @@ pub struct Prepared {
 }
 
 impl Executor {
-    pub(super) fn signature_text(&self, resolved: &Resolved) -> String {
-        resolved
-            .dims
-            .iter()
+    pub(super) fn signature_text(&self, dims: &[Dims]) -> String {
+        dims.iter()
             .enumerate()
             .map(|(k, d)| format!("{}{d}", self.input(k).name))
             .collect::<Vec<_>>()
@@ -77,7 +75,9 @@ impl Executor {
     }
 
     pub(super) fn failure_of(&self, resolved: &Resolved) -> Option<String> {
-        locked(&self.stats.graph_failures).get(&self.signature_text(resolved)).cloned()
+        locked(&self.stats.graph_failures)
+            .get(&self.signature_text(&resolved.dims))
+            .cloned()
     }
 
     /// A signature that can have no graph: said once in the stats, an error when graphs are required.
@@ -85,7 +85,7 @@ impl Executor {
         let mut failures = locked(&self.stats.graph_failures);
         if failures.len() < 256 {
             // Only built for a signature that is not there yet: shapes of these engines may change at each call.
-            let text = self.signature_text(resolved);
+            let text = self.signature_text(&resolved.dims);
             failures.entry(text).or_insert_with(|| why.into());
         }
         Ok(())
@@ -95,7 +95,7 @@ impl Executor {
         let wrong = locked(&self.graphs).take_wrong();
         if let Some(entry) = wrong {
             self.stats.graph_failed(
-                format!("{:?}", entry.dims),
+                self.signature_text(&entry.dims),
                 "the replayed graph's outputs differ from eager ones".into(),
             );
             let last = entry.last_stream;
@@ -127,7 +127,8 @@ impl Executor {
             }
             Err(e) => {
                 locked(&self.graphs).fail(key);
-                self.stats.graph_failed(self.signature_text(resolved), e.message().to_string());
+                self.stats
+                    .graph_failed(self.signature_text(&resolved.dims), e.message().to_string());
             }
         }
     }
@@ -384,7 +385,8 @@ impl Executor {
                 addresses,
                 host_outputs: call.to_host,
             });
-            self.stats.graph_failed(self.signature_text(resolved), e.message().to_string());
+            self.stats
+                .graph_failed(self.signature_text(&resolved.dims), e.message().to_string());
             if e.kind() == Kind::GraphCapture {
                 e
             } else {
@@ -408,6 +410,7 @@ impl Executor {
     }
 
     fn prepare_entered(&self, call: &Call<'_>) -> Result<Prepared> {
+        let _relaxed = Relaxed::enter();
         let mark = crate::log::TENSORRT.mark();
         let inner = |session: &mut Session| -> Result<Prepared> {
             let resolved = self.resolve(session, call.inputs)?;

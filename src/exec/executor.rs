@@ -69,6 +69,8 @@ pub struct Finished {
     pub done: Option<Event>,
     /// The stream on which the outputs are ready in order.
     pub stream: u64,
+    /// Enqueued into a capture of the caller's: nobody can wait for that, only for launches of the caller's graph.
+    pub captured: bool,
 }
 
 pub struct Executor {
@@ -210,7 +212,12 @@ impl Executor {
         let _entered = self.device.enter()?;
         let event = Event::new(self.device)?;
         event.record(&Stream::borrowed(producer))?;
-        Stream::borrowed(reader).wait(&event)
+        let reader = Stream::borrowed(reader);
+        match reader.capture_id()? {
+            // A capture cannot wait for what is enqueued outside it: this thread does.
+            Some(id) if Stream::borrowed(producer).capture_id()? != Some(id) => event.synchronize(),
+            _ => reader.wait(&event),
+        }
     }
 
     pub fn run(&self, call: &Call<'_>) -> Result<Finished> {
@@ -316,6 +323,8 @@ impl Executor {
     }
 
     pub(super) fn run_on(&self, session: &mut Session, call: &Call<'_>) -> Result<Finished> {
+        // A capture that another thread runs must not mind what is allocated or waited for here.
+        let _relaxed = Relaxed::enter();
         let resolved = self.resolve(session, call.inputs)?;
         let all_ready = call
             .inputs
@@ -454,6 +463,7 @@ impl Executor {
             outputs,
             done,
             stream: stream.handle(),
+            captured: false,
         })
     }
 

@@ -322,7 +322,8 @@ impl EngineBase {
             return Ok(results);
         }
         // torch and numpy need no event: torch works on the stream that the results are ordered on, numpy's are waited for.
-        let needs_event = !matches!(library, Library::Torch | Library::Numpy) && !to_host && !finished.outputs.is_empty();
+        let needs_event =
+            !matches!(library, Library::Torch | Library::Numpy) && !to_host && !finished.captured && !finished.outputs.is_empty();
         let ready = if needs_event {
             Some(StreamReady::new(&self.executor, finished.stream)?)
         } else {
@@ -553,7 +554,12 @@ impl Ready for OutputReady {
     fn order(&self, stream: u64) -> Result<()> {
         let consumer = Stream::borrowed(stream);
         if consumer.handle() != self.event.stream {
-            consumer.wait(&self.event.event)?;
+            if consumer.capture_id()?.is_some() {
+                // A capture cannot wait for what was enqueued outside it: this thread does.
+                self.event.event.synchronize()?;
+            } else {
+                consumer.wait(&self.event.event)?;
+            }
             // The engine has not seen this stream: its buffer must not be written again before that stream is past it.
             record_stream(self.ptr, consumer.handle())?;
         }

@@ -5,7 +5,7 @@ use super::convert::{metadata, one_of, ordinal, pip_folders, seconds, shape};
 use super::logging::drain;
 use super::tables::{DeviceMemory, TensorInfo};
 use super::tensor::Tensor;
-use crate::cuda::Device;
+use crate::cuda::{Device, Relaxed};
 use crate::dlpack::vectorcall::callable_type;
 use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
@@ -194,6 +194,8 @@ impl EngineBase {
             // The file first: what is wrong with it can be said without a GPU.
             let plan = PlanFile::open(&path)?;
             let gpu = Device::get(device)?;
+            // A capture that another thread runs must not mind.
+            let _relaxed = Relaxed::enter();
             let lib = library(&folders, Some(plan.header.version))?;
             lib.load_plugins(&plugins)?;
             let (engine, report) = crate::trt::Engine::load(
