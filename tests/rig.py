@@ -94,6 +94,8 @@ class Array:
         return {**found, "strides": self.strides, "stream": self.stream}
 
     def __del__(self) -> None:
+        if self.base == 0:
+            return  # a view
         # On whatever thread, and whatever is current there.
         cuda().call("cuCtxPushCurrent_v2", PRIMARY)
         cuda().call("cuMemFree_v2", self.base)
