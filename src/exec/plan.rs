@@ -256,6 +256,19 @@ pub struct OutputPlan {
 
 impl OutputPlan {
     pub fn new(io: &IoTensor, dims: Dims) -> Result<OutputPlan> {
+        if !io.linear {
+            let e = Error::new(
+                Kind::Layout,
+                format!(
+                    "output '{}': found the engine's format {}; allowed: row-major. Build the engine with linear I/O (trtexec --outputIOFormats=…:chw).",
+                    io.name, io.format
+                ),
+            );
+            return Err(e
+                .with("tensor", io.name.clone())
+                .with("found", io.format.clone())
+                .with("allowed", "row-major"));
+        }
         if !dims.is_static() {
             return Ok(OutputPlan {
                 dims,

@@ -7,7 +7,7 @@ use super::import::{self, Imported, Keep, Library};
 use super::logging::drain;
 use super::tensor::Ready;
 use crate::cuda::memory::device_of;
-use crate::cuda::{Event, Stream};
+use crate::cuda::{Device, Event, Stream};
 use crate::error::{Error, Kind, Result};
 use crate::exec::{record_stream, Call, Executor, Outputs};
 use crate::tensor::{Place, TensorView};
@@ -535,13 +535,17 @@ impl<'a, 'py> Arguments<'a, 'py> {
 struct StreamReady {
     event: Event,
     stream: u64,
+    device: &'static Device,
 }
 
 impl StreamReady {
     fn new(executor: &Executor, stream: u64) -> Result<Arc<StreamReady>> {
-        let event = Event::new(executor.engine.device)?;
+        let device = executor.engine.device;
+        // The default streams are those of the current context.
+        let _entered = device.enter()?;
+        let event = Event::new(device)?;
         event.record(&Stream::borrowed(stream))?;
-        Ok(Arc::new(StreamReady { event, stream }))
+        Ok(Arc::new(StreamReady { event, stream, device }))
     }
 }
 
@@ -552,6 +556,7 @@ struct OutputReady {
 
 impl Ready for OutputReady {
     fn order(&self, stream: u64) -> Result<()> {
+        let _entered = self.event.device.enter()?;
         let consumer = Stream::borrowed(stream);
         if consumer.handle() != self.event.stream {
             if consumer.capture_id()?.is_some() {
@@ -567,6 +572,7 @@ impl Ready for OutputReady {
     }
 
     fn wait(&self) -> Result<()> {
+        let _entered = self.event.device.enter()?;
         self.event.event.synchronize()
     }
 }
