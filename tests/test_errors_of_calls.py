@@ -147,6 +147,16 @@ def test_device_arrays_by_layout(load: Any) -> None:
     assert packing.stats["strided_copies"] == 2
 
 
+@pytest.mark.parametrize("which", ["input 'x'", "output 'y'"])
+def test_formats_that_are_not_row_major(load: Any, which: str) -> None:
+    program = fakes.copy_of("float32", [2, 4])
+    program["io"][which == "output 'y'"]["format"] = 1
+    engine = load(program)
+    for call in (lambda: engine(zeros(2, 4)), lambda: engine(rig.Array(zeros(2, 4)))):
+        raised = refused(errors.LayoutError, call, f"{which}: found ", "Vectorized format", "linear I/O (trtexec --")
+        assert raised.tensor == which[-2]
+
+
 def test_a_tensor_that_requires_grad(load: Any) -> None:
     torch = pytest.importorskip("torch")
     engine = load("mlp")

@@ -242,6 +242,60 @@ def test_per_thread_streams_of_two_threads(load: Any) -> None:
     assert "per-thread default stream" in str(raised[0])
 
 
+OTHER_GPU = """
+import sys, numpy as np, fakes, jetrt, rig
+A = np.ones((8, 64), "f4")
+rig.cuda()
+rig.ok("cuCtxSetCurrent", rig.made("cuDevicePrimaryCtxRetain", 1))
+x, z = rig.Array.__new__(rig.Array), rig.Array.__new__(rig.Array)
+for array, shape in ((x, (8, 64)), (z, (8, 10))):
+    array.shape, array.dtype, array.base = shape, np.dtype("f4"), 0
+    array.strides = array.stream = None
+    array.ptr = rig.made("cuMemAlloc_v2", array.nbytes)
+own, reader = rig.made("cuStreamCreate", 1), rig.made("cuStreamCreate", 1)
+rig.enter()
+engine = jetrt.Engine(sys.argv[1], device=1, warmup=1)
+for stream in (own, rig.LEGACY, None) * 4:
+    # Written on the legacy stream of the other GPU, whose context is not the current one here.
+    rig.ok("cuCtxSetCurrent", rig.made("cuDevicePrimaryCtxRetain", 1))
+    x.write(A, stream or 0)
+    x.stream = 1 if stream is None else None
+    rig.enter()
+    y = engine(x, stream=stream)["y"]
+    y.__dlpack__(stream=reader)
+    rig.ok("cuMemcpyDtoDAsync_v2", z.ptr, rig.address(y), z.nbytes, reader)
+    np.testing.assert_allclose(rig.fetch(z, reader), fakes.mlp_reference(A), rtol=1e-5)
+    rig.ok("cuMemsetD8Async", z.ptr, 0, z.nbytes, reader)
+    np.testing.assert_allclose(engine(A)["y"], fakes.mlp_reference(A), rtol=1e-5)
+del y
+engine.close()
+print(rig.mistakes())
+"""
+
+
+def test_a_gpu_that_is_not_the_current_one(tmp_path: Any) -> None:
+    plan = fakes.write_plan(tmp_path / "a.plan")
+    assert fakes.run_python(OTHER_GPU, str(plan), env={"FAKE_CUDA_DEVICES": 2}).stdout == "[]\n"
+
+
+def test_results_are_read_by_any_thread(streams: list[int], load: Any) -> None:
+    """One without a CUDA context of its own, too."""
+    engine, x = load("mlp"), rig.Array(A)
+    y = engine(x, stream=streams[0])["y"]
+    got: list[Any] = []
+
+    def read() -> None:
+        got.append(y.numpy())
+        got.append(y.__dlpack__(stream=streams[1]) is not None)
+        got.append(engine(y.numpy() @ np.ones((10, 64), np.float32))["y"].shape)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    thread.join()
+    is_result_of(got[0], A)
+    assert got[1:] == [True, (8, 10)]
+
+
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 MAKES = ("cuMemAlloc_v2", "cuMemHostAlloc", "cuStreamCreate", "cuModuleLoadData", "cuGraphInstantiateWithFlags")
