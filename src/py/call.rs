@@ -235,7 +235,14 @@ impl EngineBase {
             if !asked {
                 continue;
             }
-            match (import::current_stream(py, library, self.device())?, chosen.handle) {
+            let current = import::current_stream(py, library, self.device())?;
+            let handle = current.map(|(handle, owner)| {
+                if let Some(owner) = owner {
+                    self.executor.keep_stream(handle, || Box::new(owner));
+                }
+                handle
+            });
+            match (handle, chosen.handle) {
                 (Some(h), None) => chosen.handle = Some(h),
                 (Some(h), Some(first)) if h != first && a.stream.is_none() => chosen.others.push(h),
                 // Its allocator orders memory on its own stream, not on the named one.

@@ -152,29 +152,29 @@ pub fn imported<'py>(py: Python<'py>, name: &str) -> Option<Bound<'py, PyAny>> {
     modules.get_item(name).ok().filter(|m| !m.is_none())
 }
 
-/// The stream on which this library works now, as a driver handle; `None` where it has no such notion.
-pub fn current_stream(py: Python<'_>, library: Library, device: i32) -> PyResult<Option<u64>> {
+/// The stream on which this library works now, as a driver handle, and its object where that object owns it (torch's are
+/// never destroyed); `None` where the library has no such notion.
+pub fn current_stream(py: Python<'_>, library: Library, device: i32) -> PyResult<Option<(u64, Option<Py<PyAny>>)>> {
     match library {
         Library::Torch => {
             if !torch_has_cuda(py)? {
                 return Ok(None);
             }
             if let Some(exchange) = torch_exchange(py) {
-                return exchange.current_stream(py, device).map(Some);
+                return Ok(Some((exchange.current_stream(py, device)?, None)));
             }
             static ASK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
             let ask = ASK.get_or_try_init(py, || py.import("torch.cuda")?.getattr("current_stream").map(Bound::unbind))?;
-            ask.bind(py)
-                .call1((device,))?
-                .getattr(intern!(py, "cuda_stream"))?
-                .extract()
-                .map(Some)
+            let handle = ask.bind(py).call1((device,))?.getattr(intern!(py, "cuda_stream"))?.extract()?;
+            Ok(Some((handle, None)))
         }
         Library::Cupy => {
             static ASK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
             let ask = ASK.get_or_try_init(py, || py.import("cupy.cuda")?.getattr("get_current_stream").map(Bound::unbind))?;
             // CuPy has a current stream for every device.
-            ask.bind(py).call1((device,))?.getattr(intern!(py, "ptr"))?.extract().map(Some)
+            let stream = ask.bind(py).call1((device,))?;
+            let handle = stream.getattr(intern!(py, "ptr"))?.extract()?;
+            Ok(Some((handle, Some(stream.unbind()))))
         }
         Library::Numpy | Library::Jax | Library::Jetrt | Library::Other => Ok(None),
     }
