@@ -242,6 +242,55 @@ def test_per_thread_streams_of_two_threads(load: Any) -> None:
     assert "per-thread default stream" in str(raised[0])
 
 
+CUPY = """
+import gc, sys, types, weakref, numpy as np, fakes, jetrt, rig
+A = np.ones((8, 64), "f4")
+
+class Stream:
+    def __init__(self): self.ptr = rig.made("cuStreamCreate", 1)
+    def __del__(self): rig.ok("cuStreamDestroy_v2", self.ptr)
+
+class ndarray(rig.Array):
+    pass
+
+rig.enter()
+ndarray.__module__ = "cupy"
+current = [Stream()]
+cupy, cuda = types.ModuleType("cupy"), types.ModuleType("cupy.cuda")
+cupy.from_dlpack = lambda tensor: ("cupy", tensor, tensor.__dlpack__(stream=current[0].ptr))
+cuda.get_current_stream = lambda device: current[0]
+cupy.cuda = cuda
+sys.modules.update({"cupy": cupy, "cupy.cuda": cuda})
+
+x = ndarray(shape=(8, 64))
+with jetrt.Engine(sys.argv[1]) as engine:
+    for _ in range(3):
+        x.write(A, current[0].ptr)
+        library, y, _ = engine(x)["y"]
+        assert library == "cupy"
+        np.testing.assert_allclose(rig.fetch(y, current[0].ptr), fakes.mlp_reference(A), rtol=1e-5)
+    # The engine has results on it in mind: a stream that nobody else holds lives on.
+    gone = weakref.ref(current[0])
+    current[0] = Stream()
+    for _ in range(3):
+        x.write(A * 2, current[0].ptr)
+        y = engine(x)["y"][1]
+        np.testing.assert_allclose(rig.fetch(y, current[0].ptr), fakes.mlp_reference(A * 2), rtol=1e-5)
+    assert gone() is not None
+del engine, y, _
+gc.collect()
+jetrt.pinned_empty(1)
+assert gone() is None
+print(rig.mistakes())
+"""
+
+
+def test_the_current_stream_of_cupy(tmp_path: Any) -> None:
+    """CuPy destroys a stream with its object."""
+    plan = fakes.write_plan(tmp_path / "a.plan")
+    assert fakes.run_python(CUPY, str(plan)).stdout == "[]\n"
+
+
 OTHER_GPU = """
 import sys, numpy as np, fakes, jetrt, rig
 A = np.ones((8, 64), "f4")
