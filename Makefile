@@ -58,6 +58,7 @@ check: dev-build
 	$(BIN)/python -m mypy.stubtest jetrt._core --allowlist .ci/stubtest-allowlist
 	$(BIN)/python abi/generate.py --check
 	$(BIN)/python kernels/generate.py --check
+	$(BIN)/python benches/report.py --check
 
 # zig links against an old glibc, so that the wheel runs on older systems than the one that builds it. maturin finds it
 # as a package of the first python on PATH.

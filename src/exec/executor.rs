@@ -323,9 +323,11 @@ impl Executor {
     }
 
     pub(super) fn run_on(&self, session: &mut Session, call: &Call<'_>) -> Result<Finished> {
-        // A capture that another thread runs must not mind what is allocated or waited for here.
-        let _relaxed = Relaxed::enter();
         let resolved = self.resolve(session, call.inputs)?;
+        // A capture that another thread runs must not mind what TensorRT allocates or waits for here: it may for new shapes,
+        // and where the data decide. In the steady state it does not, and the two driver calls are saved.
+        let may_allocate = session.shapes != Some(resolved.id) || resolved.not_graphable.is_some();
+        let _relaxed = may_allocate.then(Relaxed::enter);
         let all_ready = call
             .inputs
             .iter()

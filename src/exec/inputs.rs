@@ -136,21 +136,21 @@ impl Executor {
                     "no out= for an output whose shape depends on the data".into(),
                 );
             }
-            if v.place != Place::Device(self.device.ordinal) {
-                return wrong(Kind::Device, v.place.to_string(), format!("cuda:{}", self.device.ordinal));
-            }
             if v.dtype != io.dtype {
                 return wrong(Kind::DType, v.dtype.name().into(), io.dtype.name().into());
             }
             if v.dims != plan.dims {
                 return wrong(Kind::Shape, v.dims.to_string(), plan.dims.to_string());
             }
-            if !v.contiguous || !v.ptr.is_multiple_of(super::plan::ALIGNMENT) {
-                return wrong(
-                    Kind::Layout,
-                    v.to_string(),
-                    format!("row-major, at a multiple of {} bytes", super::plan::ALIGNMENT),
-                );
+            let layout = || format!("row-major, at a multiple of {} bytes", super::plan::ALIGNMENT);
+            if !v.contiguous {
+                return wrong(Kind::Layout, v.to_string(), layout());
+            }
+            if v.place != Place::Device(self.device.ordinal) {
+                return wrong(Kind::Device, v.place.to_string(), format!("cuda:{}", self.device.ordinal));
+            }
+            if !v.ptr.is_multiple_of(super::plan::ALIGNMENT) {
+                return wrong(Kind::Layout, format!("address {:#x}", v.ptr), layout());
             }
         }
         Ok(())
