@@ -9,7 +9,7 @@ use super::background::Background;
 use super::callers_capture::CaptureSession;
 use super::graphs::{Decision, GraphMode, Graphs, KeyRef};
 use super::plan::{is_ready, Need, Policy, ProfileChoice};
-use super::pool::{Buffer, OutputMode, Pool, Where};
+use super::pool::{forget_stream, Buffer, OutputMode, Pool, Where};
 use super::resolve::{Resolved, Signatures};
 use super::session::{ContextMemory, Guard, HostPath, Session, Sessions};
 use super::stats::Stats;
@@ -551,5 +551,7 @@ impl Executor {
 impl Drop for Executor {
     fn drop(&mut self) {
         self.close();
+        // Another engine's results were perhaps read here.
+        forget_stream(self.front_stream());
     }
 }

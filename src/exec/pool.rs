@@ -140,6 +140,16 @@ pub fn record_stream(ptr: u64, stream: u64) -> Result<()> {
     Ok(())
 }
 
+/// A stream that is about to be destroyed, its work done: nobody waits for it any more, whoever it was announced to.
+pub fn forget_stream(stream: u64) {
+    let live: Vec<Arc<Buffer>> = locked(&LIVE).values().filter_map(Weak::upgrade).collect();
+    for buffer in live {
+        let mut announced = locked(&buffer.announced);
+        announced.retain(|&s| s != stream);
+        buffer.any_announced.store(!announced.is_empty(), Ordering::Release);
+    }
+}
+
 #[derive(Debug, Default)]
 struct Free {
     /// Per output, per place: returned last, taken first.
