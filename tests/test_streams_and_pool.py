@@ -186,6 +186,20 @@ def test_a_reader_on_a_stream_that_the_engine_has_not_seen(
         del again
 
 
+@pytest.mark.parametrize("options", GRAPHS)
+def test_a_reader_that_is_an_engine_which_is_gone(load: Any, options: dict[str, Any], tmp_path: Any) -> None:
+    """It read on a stream of its own, which has gone with it: there is nothing to wait for any more."""
+    first, x = load(fakes.copy_of("float32", [8, 64]), options), rig.Array(A)
+    for _ in range(4):
+        second = jetrt.Engine(fakes.write_plan(tmp_path / "second.plan"))
+        y = first(x)["y"]
+        is_result_of(second(y)["y"].numpy(), A)
+        del second
+        gc.collect()
+        del y
+        np.testing.assert_array_equal(first(x)["y"].numpy(), A)
+
+
 def test_record_stream_of_something_else(load: Any) -> None:
     with pytest.raises(ValueError, match=r"is no output of a jetrt engine\. Pass a tensor that an engine returned"):
         jetrt.record_stream(rig.Array(A), rig.LEGACY)
