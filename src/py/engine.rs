@@ -64,8 +64,8 @@ dimension (against the optimisation profile), device, alignment (256 bytes) and 
 sees them; nothing is converted or copied unless a policy says so. Returns a dict name -> tensor in the library and on the
 device of the first input.
 
-Options of a call (unless an input has that name): stream (an int handle, or a stream object of torch, CuPy or
-cuda.core; default: the current stream of the inputs' library), out (a mapping name -> tensor to write into),
+Options of a call (unless an input has that name): stream (a stream object of torch, CuPy or cuda.core, or an int
+handle, whose stream must then outlive the engine; default: the current stream of the inputs' library), out (a mapping name -> tensor to write into),
 synchronize (wait for the result), timeout (seconds to wait for a free execution context).
 
 Options of the constructor:
