@@ -195,13 +195,18 @@ pub fn unsafe_call() -> Outcome {
         })
         .map(|capture| capture.id)
         .collect();
-    for id in &hit {
+    break_captures(&hit, CAPTURE_UNSUPPORTED)
+}
+
+/// What the call would have broken is invalid from here on, and the call itself is refused.
+fn break_captures(hit: &[u64], error: i32) -> Outcome {
+    for id in hit {
         invalidate(*id);
     }
     if hit.is_empty() {
         Ok(())
     } else {
-        Err(CAPTURE_UNSUPPORTED)
+        Err(error)
     }
 }
 
@@ -217,14 +222,7 @@ fn implicit(key: u64) -> Outcome {
         .filter(|stream| stream.context == context && !stream.non_blocking)
         .filter_map(|stream| stream.capture)
         .collect();
-    for id in &hit {
-        invalidate(*id);
-    }
-    if hit.is_empty() {
-        Ok(())
-    } else {
-        Err(CAPTURE_IMPLICIT)
-    }
+    break_captures(&hit, CAPTURE_IMPLICIT)
 }
 
 /// Before a wait for, or a query of, a stream.
