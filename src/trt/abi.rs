@@ -26,6 +26,30 @@ impl Slot {
     }
 }
 
+/// One member of an enum whose numbers differ between versions, or that not every version has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member {
+    pub name: &'static str,
+    /// Value, first minor version that has it, last minor version that has it (`u16::MAX`: still there).
+    pub v10: Option<(u16, u16, u16)>,
+    pub v11: Option<(u16, u16, u16)>,
+}
+
+impl Member {
+    /// The number in that version; `None` when that version lacks the member or is not known.
+    pub const fn value(&self, major: u32, minor: u32) -> Option<i32> {
+        let entry = match major {
+            10 => self.v10,
+            11 => self.v11,
+            _ => return None,
+        };
+        match entry {
+            Some((value, first, last)) if first as u32 <= minor && minor <= last as u32 => Some(value as i32),
+            _ => None,
+        }
+    }
+}
+
 /// Destroying an object is this slot of the table that its public pointer points to.
 pub const DELETING_DESTRUCTOR: usize = 1;
 /// Where a public object keeps the pointer to its implementation, in bytes.
@@ -1287,6 +1311,2097 @@ pub mod inspector {
     ];
 }
 
+pub mod builder {
+    use super::Slot;
+
+    /// `void ~dtor()`
+    pub const DTOR_COMPLETE: Slot = Slot {
+        class: "VBuilder",
+        method: "~dtor_complete",
+        v10: Some((0, 0, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    /// `void ~dtor()`
+    pub const DTOR_DELETING: Slot = Slot {
+        class: "VBuilder",
+        method: "~dtor_deleting",
+        v10: Some((1, 0, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    /// `bool platformHasFastFp16() const`
+    pub const PLATFORM_HAS_FAST_FP16: Slot = Slot {
+        class: "VBuilder",
+        method: "platformHasFastFp16",
+        v10: Some((2, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `bool platformHasFastInt8() const`
+    pub const PLATFORM_HAS_FAST_INT8: Slot = Slot {
+        class: "VBuilder",
+        method: "platformHasFastInt8",
+        v10: Some((3, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `int32_t getMaxDLABatchSize() const`
+    pub const GET_MAX_DLA_BATCH_SIZE: Slot = Slot {
+        class: "VBuilder",
+        method: "getMaxDLABatchSize",
+        v10: Some((4, 0, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+    /// `int32_t getNbDLACores() const`
+    pub const GET_NB_DLA_CORES: Slot = Slot {
+        class: "VBuilder",
+        method: "getNbDLACores",
+        v10: Some((5, 0, u16::MAX)),
+        v11: Some((3, 0, u16::MAX)),
+    };
+    /// `void setGpuAllocator(IGpuAllocator* allocator)`
+    pub const SET_GPU_ALLOCATOR: Slot = Slot {
+        class: "VBuilder",
+        method: "setGpuAllocator",
+        v10: Some((6, 0, u16::MAX)),
+        v11: Some((4, 0, u16::MAX)),
+    };
+    /// `IBuilderConfig* createBuilderConfig()`
+    pub const CREATE_BUILDER_CONFIG: Slot = Slot {
+        class: "VBuilder",
+        method: "createBuilderConfig",
+        v10: Some((7, 0, u16::MAX)),
+        v11: Some((5, 0, u16::MAX)),
+    };
+    /// `INetworkDefinition* createNetworkV2(NetworkDefinitionCreationFlags flags)`
+    pub const CREATE_NETWORK_V2: Slot = Slot {
+        class: "VBuilder",
+        method: "createNetworkV2",
+        v10: Some((8, 0, u16::MAX)),
+        v11: Some((6, 0, u16::MAX)),
+    };
+    /// `IOptimizationProfile* createOptimizationProfile()`
+    pub const CREATE_OPTIMIZATION_PROFILE: Slot = Slot {
+        class: "VBuilder",
+        method: "createOptimizationProfile",
+        v10: Some((9, 0, u16::MAX)),
+        v11: Some((7, 0, u16::MAX)),
+    };
+    /// `void setErrorRecorder(IErrorRecorder* recorder)`
+    pub const SET_ERROR_RECORDER: Slot = Slot {
+        class: "VBuilder",
+        method: "setErrorRecorder",
+        v10: Some((10, 0, u16::MAX)),
+        v11: Some((8, 0, u16::MAX)),
+    };
+    /// `IErrorRecorder* getErrorRecorder() const`
+    pub const GET_ERROR_RECORDER: Slot = Slot {
+        class: "VBuilder",
+        method: "getErrorRecorder",
+        v10: Some((11, 0, u16::MAX)),
+        v11: Some((9, 0, u16::MAX)),
+    };
+    /// `void reset()`
+    pub const RESET: Slot = Slot {
+        class: "VBuilder",
+        method: "reset",
+        v10: Some((12, 0, u16::MAX)),
+        v11: Some((10, 0, u16::MAX)),
+    };
+    /// `bool platformHasTf32() const`
+    pub const PLATFORM_HAS_TF32: Slot = Slot {
+        class: "VBuilder",
+        method: "platformHasTf32",
+        v10: Some((13, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `IHostMemory* buildSerializedNetwork(INetworkDefinition& network, IBuilderConfig& config)`
+    pub const BUILD_SERIALIZED_NETWORK: Slot = Slot {
+        class: "VBuilder",
+        method: "buildSerializedNetwork",
+        v10: Some((14, 0, u16::MAX)),
+        v11: Some((11, 0, u16::MAX)),
+    };
+    /// `bool isNetworkSupported(const INetworkDefinition& network, const IBuilderConfig& config) const`
+    pub const IS_NETWORK_SUPPORTED: Slot = Slot {
+        class: "VBuilder",
+        method: "isNetworkSupported",
+        v10: Some((15, 0, u16::MAX)),
+        v11: Some((12, 0, u16::MAX)),
+    };
+    /// `ILogger* getLogger() const`
+    pub const GET_LOGGER: Slot = Slot {
+        class: "VBuilder",
+        method: "getLogger",
+        v10: Some((16, 0, u16::MAX)),
+        v11: Some((13, 0, u16::MAX)),
+    };
+    /// `bool setMaxThreads(int32_t maxThreads)`
+    pub const SET_MAX_THREADS: Slot = Slot {
+        class: "VBuilder",
+        method: "setMaxThreads",
+        v10: Some((17, 0, u16::MAX)),
+        v11: Some((14, 0, u16::MAX)),
+    };
+    /// `int32_t getMaxThreads() const`
+    pub const GET_MAX_THREADS: Slot = Slot {
+        class: "VBuilder",
+        method: "getMaxThreads",
+        v10: Some((18, 0, u16::MAX)),
+        v11: Some((15, 0, u16::MAX)),
+    };
+    /// `IPluginRegistry& getPluginRegistry()`
+    pub const GET_PLUGIN_REGISTRY: Slot = Slot {
+        class: "VBuilder",
+        method: "getPluginRegistry",
+        v10: Some((19, 0, u16::MAX)),
+        v11: Some((16, 0, u16::MAX)),
+    };
+    /// `ICudaEngine* buildEngineWithConfig(INetworkDefinition& network, IBuilderConfig& config)`
+    pub const BUILD_ENGINE_WITH_CONFIG: Slot = Slot {
+        class: "VBuilder",
+        method: "buildEngineWithConfig",
+        v10: Some((20, 0, u16::MAX)),
+        v11: Some((17, 0, u16::MAX)),
+    };
+    /// `bool buildSerializedNetworkToStream(INetworkDefinition& network, IBuilderConfig& config, IStreamWriter& writer)`
+    pub const BUILD_SERIALIZED_NETWORK_TO_STREAM: Slot = Slot {
+        class: "VBuilder",
+        method: "buildSerializedNetworkToStream",
+        v10: Some((21, 13, u16::MAX)),
+        v11: Some((18, 0, u16::MAX)),
+    };
+    /// `IHostMemory* buildSerializedNetworkWithKernelText(INetworkDefinition& network, IBuilderConfig& config, IHostMemory*& kernelText)`
+    pub const BUILD_SERIALIZED_NETWORK_WITH_KERNEL_TEXT: Slot = Slot {
+        class: "VBuilder",
+        method: "buildSerializedNetworkWithKernelText",
+        v10: Some((22, 13, u16::MAX)),
+        v11: Some((19, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Slot] = &[
+        DTOR_COMPLETE,
+        DTOR_DELETING,
+        PLATFORM_HAS_FAST_FP16,
+        PLATFORM_HAS_FAST_INT8,
+        GET_MAX_DLA_BATCH_SIZE,
+        GET_NB_DLA_CORES,
+        SET_GPU_ALLOCATOR,
+        CREATE_BUILDER_CONFIG,
+        CREATE_NETWORK_V2,
+        CREATE_OPTIMIZATION_PROFILE,
+        SET_ERROR_RECORDER,
+        GET_ERROR_RECORDER,
+        RESET,
+        PLATFORM_HAS_TF32,
+        BUILD_SERIALIZED_NETWORK,
+        IS_NETWORK_SUPPORTED,
+        GET_LOGGER,
+        SET_MAX_THREADS,
+        GET_MAX_THREADS,
+        GET_PLUGIN_REGISTRY,
+        BUILD_ENGINE_WITH_CONFIG,
+        BUILD_SERIALIZED_NETWORK_TO_STREAM,
+        BUILD_SERIALIZED_NETWORK_WITH_KERNEL_TEXT,
+    ];
+}
+
+pub mod builder_config {
+    use super::Slot;
+
+    /// `void ~dtor()`
+    pub const DTOR_COMPLETE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "~dtor_complete",
+        v10: Some((0, 0, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    /// `void ~dtor()`
+    pub const DTOR_DELETING: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "~dtor_deleting",
+        v10: Some((1, 0, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    /// `void setAvgTimingIterations(int32_t avgTiming)`
+    pub const SET_AVG_TIMING_ITERATIONS: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setAvgTimingIterations",
+        v10: Some((2, 0, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+    /// `int32_t getAvgTimingIterations() const`
+    pub const GET_AVG_TIMING_ITERATIONS: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getAvgTimingIterations",
+        v10: Some((3, 0, u16::MAX)),
+        v11: Some((3, 0, u16::MAX)),
+    };
+    /// `void setEngineCapability(EngineCapability capability)`
+    pub const SET_ENGINE_CAPABILITY: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setEngineCapability",
+        v10: Some((4, 0, u16::MAX)),
+        v11: Some((4, 0, u16::MAX)),
+    };
+    /// `EngineCapability getEngineCapability() const`
+    pub const GET_ENGINE_CAPABILITY: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getEngineCapability",
+        v10: Some((5, 0, u16::MAX)),
+        v11: Some((5, 0, u16::MAX)),
+    };
+    /// `void setInt8Calibrator(IInt8Calibrator* calibrator)`
+    pub const SET_INT8_CALIBRATOR: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setInt8Calibrator",
+        v10: Some((6, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `IInt8Calibrator* getInt8Calibrator() const`
+    pub const GET_INT8_CALIBRATOR: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getInt8Calibrator",
+        v10: Some((7, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `void setFlags(BuilderFlags builderFlags)`
+    pub const SET_FLAGS: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setFlags",
+        v10: Some((8, 0, u16::MAX)),
+        v11: Some((6, 0, u16::MAX)),
+    };
+    /// `BuilderFlags getFlags() const`
+    pub const GET_FLAGS: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getFlags",
+        v10: Some((9, 0, u16::MAX)),
+        v11: Some((7, 0, u16::MAX)),
+    };
+    /// `void clearFlag(BuilderFlag builderFlag)`
+    pub const CLEAR_FLAG: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "clearFlag",
+        v10: Some((10, 0, u16::MAX)),
+        v11: Some((8, 0, u16::MAX)),
+    };
+    /// `void setFlag(BuilderFlag builderFlag)`
+    pub const SET_FLAG: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setFlag",
+        v10: Some((11, 0, u16::MAX)),
+        v11: Some((9, 0, u16::MAX)),
+    };
+    /// `bool getFlag(BuilderFlag builderFlag) const`
+    pub const GET_FLAG: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getFlag",
+        v10: Some((12, 0, u16::MAX)),
+        v11: Some((10, 0, u16::MAX)),
+    };
+    /// `void setDeviceType(const ILayer* layer, DeviceType deviceType)`
+    pub const SET_DEVICE_TYPE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setDeviceType",
+        v10: Some((13, 0, u16::MAX)),
+        v11: Some((11, 0, u16::MAX)),
+    };
+    /// `DeviceType getDeviceType(const ILayer* layer) const`
+    pub const GET_DEVICE_TYPE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getDeviceType",
+        v10: Some((14, 0, u16::MAX)),
+        v11: Some((12, 0, u16::MAX)),
+    };
+    /// `bool isDeviceTypeSet(const ILayer* layer) const`
+    pub const IS_DEVICE_TYPE_SET: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "isDeviceTypeSet",
+        v10: Some((15, 0, u16::MAX)),
+        v11: Some((13, 0, u16::MAX)),
+    };
+    /// `void resetDeviceType(const ILayer* layer)`
+    pub const RESET_DEVICE_TYPE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "resetDeviceType",
+        v10: Some((16, 0, u16::MAX)),
+        v11: Some((14, 0, u16::MAX)),
+    };
+    /// `bool canRunOnDLA(const ILayer* layer) const`
+    pub const CAN_RUN_ON_DLA: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "canRunOnDLA",
+        v10: Some((17, 0, u16::MAX)),
+        v11: Some((15, 0, u16::MAX)),
+    };
+    /// `void setDLACore(int32_t dlaCore)`
+    pub const SET_DLA_CORE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setDLACore",
+        v10: Some((18, 0, u16::MAX)),
+        v11: Some((16, 0, u16::MAX)),
+    };
+    /// `int32_t getDLACore() const`
+    pub const GET_DLA_CORE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getDLACore",
+        v10: Some((19, 0, u16::MAX)),
+        v11: Some((17, 0, u16::MAX)),
+    };
+    /// `void setDefaultDeviceType(DeviceType deviceType)`
+    pub const SET_DEFAULT_DEVICE_TYPE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setDefaultDeviceType",
+        v10: Some((20, 0, u16::MAX)),
+        v11: Some((18, 0, u16::MAX)),
+    };
+    /// `DeviceType getDefaultDeviceType() const`
+    pub const GET_DEFAULT_DEVICE_TYPE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getDefaultDeviceType",
+        v10: Some((21, 0, u16::MAX)),
+        v11: Some((19, 0, u16::MAX)),
+    };
+    /// `void reset()`
+    pub const RESET: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "reset",
+        v10: Some((22, 0, u16::MAX)),
+        v11: Some((20, 0, u16::MAX)),
+    };
+    /// `void setProfileStream(cudaStream_t stream)`
+    pub const SET_PROFILE_STREAM: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setProfileStream",
+        v10: Some((23, 0, u16::MAX)),
+        v11: Some((21, 0, u16::MAX)),
+    };
+    /// `cudaStream_t getProfileStream() const`
+    pub const GET_PROFILE_STREAM: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getProfileStream",
+        v10: Some((24, 0, u16::MAX)),
+        v11: Some((22, 0, u16::MAX)),
+    };
+    /// `int32_t addOptimizationProfile(const IOptimizationProfile* profile)`
+    pub const ADD_OPTIMIZATION_PROFILE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "addOptimizationProfile",
+        v10: Some((25, 0, u16::MAX)),
+        v11: Some((23, 0, u16::MAX)),
+    };
+    /// `int32_t getNbOptimizationProfiles() const`
+    pub const GET_NB_OPTIMIZATION_PROFILES: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getNbOptimizationProfiles",
+        v10: Some((26, 0, u16::MAX)),
+        v11: Some((24, 0, u16::MAX)),
+    };
+    /// `void setProfilingVerbosity(ProfilingVerbosity verbosity)`
+    pub const SET_PROFILING_VERBOSITY: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setProfilingVerbosity",
+        v10: Some((27, 0, u16::MAX)),
+        v11: Some((25, 0, u16::MAX)),
+    };
+    /// `ProfilingVerbosity getProfilingVerbosity() const`
+    pub const GET_PROFILING_VERBOSITY: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getProfilingVerbosity",
+        v10: Some((28, 0, u16::MAX)),
+        v11: Some((26, 0, u16::MAX)),
+    };
+    /// `void setAlgorithmSelector(IAlgorithmSelector* selector)`
+    pub const SET_ALGORITHM_SELECTOR: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setAlgorithmSelector",
+        v10: Some((29, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `IAlgorithmSelector* getAlgorithmSelector() const`
+    pub const GET_ALGORITHM_SELECTOR: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getAlgorithmSelector",
+        v10: Some((30, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `bool setCalibrationProfile(const IOptimizationProfile* profile)`
+    pub const SET_CALIBRATION_PROFILE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setCalibrationProfile",
+        v10: Some((31, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `const IOptimizationProfile* getCalibrationProfile()`
+    pub const GET_CALIBRATION_PROFILE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getCalibrationProfile",
+        v10: Some((32, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `void setQuantizationFlags(QuantizationFlags flags)`
+    pub const SET_QUANTIZATION_FLAGS: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setQuantizationFlags",
+        v10: Some((33, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `QuantizationFlags getQuantizationFlags() const`
+    pub const GET_QUANTIZATION_FLAGS: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getQuantizationFlags",
+        v10: Some((34, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `void clearQuantizationFlag(QuantizationFlag flag)`
+    pub const CLEAR_QUANTIZATION_FLAG: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "clearQuantizationFlag",
+        v10: Some((35, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `void setQuantizationFlag(QuantizationFlag flag)`
+    pub const SET_QUANTIZATION_FLAG: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setQuantizationFlag",
+        v10: Some((36, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `bool getQuantizationFlag(QuantizationFlag flag) const`
+    pub const GET_QUANTIZATION_FLAG: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getQuantizationFlag",
+        v10: Some((37, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `bool setTacticSources(TacticSources tacticSources)`
+    pub const SET_TACTIC_SOURCES: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setTacticSources",
+        v10: Some((38, 0, u16::MAX)),
+        v11: Some((27, 0, u16::MAX)),
+    };
+    /// `TacticSources getTacticSources() const`
+    pub const GET_TACTIC_SOURCES: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getTacticSources",
+        v10: Some((39, 0, u16::MAX)),
+        v11: Some((28, 0, u16::MAX)),
+    };
+    /// `ITimingCache* createTimingCache(const void* blob, uint64_t size) const`
+    pub const CREATE_TIMING_CACHE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "createTimingCache",
+        v10: Some((40, 0, u16::MAX)),
+        v11: Some((29, 0, u16::MAX)),
+    };
+    /// `bool setTimingCache(const ITimingCache& cache, bool ignoreMismatch)`
+    pub const SET_TIMING_CACHE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setTimingCache",
+        v10: Some((41, 0, u16::MAX)),
+        v11: Some((30, 0, u16::MAX)),
+    };
+    /// `const ITimingCache* getTimingCache() const`
+    pub const GET_TIMING_CACHE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getTimingCache",
+        v10: Some((42, 0, u16::MAX)),
+        v11: Some((31, 0, u16::MAX)),
+    };
+    /// `void setMemoryPoolLimit(MemoryPoolType pool, uint64_t poolSize)`
+    pub const SET_MEMORY_POOL_LIMIT: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setMemoryPoolLimit",
+        v10: Some((43, 0, u16::MAX)),
+        v11: Some((32, 0, u16::MAX)),
+    };
+    /// `uint64_t getMemoryPoolLimit(MemoryPoolType pool) const`
+    pub const GET_MEMORY_POOL_LIMIT: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getMemoryPoolLimit",
+        v10: Some((44, 0, u16::MAX)),
+        v11: Some((33, 0, u16::MAX)),
+    };
+    /// `void setPreviewFeature(PreviewFeature feature, bool enable)`
+    pub const SET_PREVIEW_FEATURE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setPreviewFeature",
+        v10: Some((45, 0, u16::MAX)),
+        v11: Some((34, 0, u16::MAX)),
+    };
+    /// `bool getPreviewFeature(PreviewFeature feature) const`
+    pub const GET_PREVIEW_FEATURE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getPreviewFeature",
+        v10: Some((46, 0, u16::MAX)),
+        v11: Some((35, 0, u16::MAX)),
+    };
+    /// `void setBuilderOptimizationLevel(int32_t level)`
+    pub const SET_BUILDER_OPTIMIZATION_LEVEL: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setBuilderOptimizationLevel",
+        v10: Some((47, 0, u16::MAX)),
+        v11: Some((36, 0, u16::MAX)),
+    };
+    /// `int32_t getBuilderOptimizationLevel() const`
+    pub const GET_BUILDER_OPTIMIZATION_LEVEL: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getBuilderOptimizationLevel",
+        v10: Some((48, 0, u16::MAX)),
+        v11: Some((37, 0, u16::MAX)),
+    };
+    /// `void setHardwareCompatibilityLevel(HardwareCompatibilityLevel hardwareCompatibilityLevel)`
+    pub const SET_HARDWARE_COMPATIBILITY_LEVEL: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setHardwareCompatibilityLevel",
+        v10: Some((49, 0, u16::MAX)),
+        v11: Some((38, 0, u16::MAX)),
+    };
+    /// `HardwareCompatibilityLevel getHardwareCompatibilityLevel() const`
+    pub const GET_HARDWARE_COMPATIBILITY_LEVEL: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getHardwareCompatibilityLevel",
+        v10: Some((50, 0, u16::MAX)),
+        v11: Some((39, 0, u16::MAX)),
+    };
+    /// `void setPluginsToSerialize(const char*const* paths, int32_t nbPaths)`
+    pub const SET_PLUGINS_TO_SERIALIZE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setPluginsToSerialize",
+        v10: Some((51, 0, u16::MAX)),
+        v11: Some((40, 0, u16::MAX)),
+    };
+    /// `const char* getPluginToSerialize(int32_t index) const`
+    pub const GET_PLUGIN_TO_SERIALIZE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getPluginToSerialize",
+        v10: Some((52, 0, u16::MAX)),
+        v11: Some((41, 0, u16::MAX)),
+    };
+    /// `int32_t getNbPluginsToSerialize() const`
+    pub const GET_NB_PLUGINS_TO_SERIALIZE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getNbPluginsToSerialize",
+        v10: Some((53, 0, u16::MAX)),
+        v11: Some((42, 0, u16::MAX)),
+    };
+    /// `bool setMaxAuxStreams(int32_t nbStreams)`
+    pub const SET_MAX_AUX_STREAMS: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setMaxAuxStreams",
+        v10: Some((54, 0, u16::MAX)),
+        v11: Some((43, 0, u16::MAX)),
+    };
+    /// `int32_t getMaxAuxStreams() const`
+    pub const GET_MAX_AUX_STREAMS: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getMaxAuxStreams",
+        v10: Some((55, 0, u16::MAX)),
+        v11: Some((44, 0, u16::MAX)),
+    };
+    /// `void setProgressMonitor(IProgressMonitor* monitor)`
+    pub const SET_PROGRESS_MONITOR: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setProgressMonitor",
+        v10: Some((56, 0, u16::MAX)),
+        v11: Some((45, 0, u16::MAX)),
+    };
+    /// `IProgressMonitor* getProgressMonitor() const`
+    pub const GET_PROGRESS_MONITOR: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getProgressMonitor",
+        v10: Some((57, 0, u16::MAX)),
+        v11: Some((46, 0, u16::MAX)),
+    };
+    /// `void setRuntimePlatform(RuntimePlatform runtimePlatform)`
+    pub const SET_RUNTIME_PLATFORM: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setRuntimePlatform",
+        v10: Some((58, 2, u16::MAX)),
+        v11: Some((47, 0, u16::MAX)),
+    };
+    /// `RuntimePlatform getRuntimePlatform() const`
+    pub const GET_RUNTIME_PLATFORM: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getRuntimePlatform",
+        v10: Some((59, 2, u16::MAX)),
+        v11: Some((48, 0, u16::MAX)),
+    };
+    /// `void setMaxNbTactics(int32_t maxTactics)`
+    pub const SET_MAX_NB_TACTICS: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setMaxNbTactics",
+        v10: Some((60, 4, u16::MAX)),
+        v11: Some((49, 0, u16::MAX)),
+    };
+    /// `int32_t getMaxNbTactics() const`
+    pub const GET_MAX_NB_TACTICS: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getMaxNbTactics",
+        v10: Some((61, 4, u16::MAX)),
+        v11: Some((50, 0, u16::MAX)),
+    };
+    /// `bool setTilingOptimizationLevel(TilingOptimizationLevel level)`
+    pub const SET_TILING_OPTIMIZATION_LEVEL: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setTilingOptimizationLevel",
+        v10: Some((62, 8, u16::MAX)),
+        v11: Some((51, 0, u16::MAX)),
+    };
+    /// `TilingOptimizationLevel getTilingOptimizationLevel() const`
+    pub const GET_TILING_OPTIMIZATION_LEVEL: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getTilingOptimizationLevel",
+        v10: Some((63, 8, u16::MAX)),
+        v11: Some((52, 0, u16::MAX)),
+    };
+    /// `bool setL2LimitForTiling(int64_t size)`
+    pub const SET_L2_LIMIT_FOR_TILING: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setL2LimitForTiling",
+        v10: Some((64, 8, u16::MAX)),
+        v11: Some((53, 0, u16::MAX)),
+    };
+    /// `int64_t getL2LimitForTiling() const`
+    pub const GET_L2_LIMIT_FOR_TILING: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getL2LimitForTiling",
+        v10: Some((65, 8, u16::MAX)),
+        v11: Some((54, 0, u16::MAX)),
+    };
+    /// `bool setRemoteAutoTuningConfig(const char* config)`
+    pub const SET_REMOTE_AUTO_TUNING_CONFIG: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setRemoteAutoTuningConfig",
+        v10: Some((66, 13, u16::MAX)),
+        v11: Some((55, 0, u16::MAX)),
+    };
+    /// `const char* getRemoteAutoTuningConfig() const`
+    pub const GET_REMOTE_AUTO_TUNING_CONFIG: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getRemoteAutoTuningConfig",
+        v10: Some((67, 13, u16::MAX)),
+        v11: Some((56, 0, u16::MAX)),
+    };
+    /// `bool setBuildRoute(const char* buildRoute)`
+    pub const SET_BUILD_ROUTE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "setBuildRoute",
+        v10: None,
+        v11: Some((57, 1, u16::MAX)),
+    };
+    /// `const char* getBuildRoute() const`
+    pub const GET_BUILD_ROUTE: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getBuildRoute",
+        v10: None,
+        v11: Some((58, 1, u16::MAX)),
+    };
+    /// `const char* getAllBuildRoutes() const`
+    pub const GET_ALL_BUILD_ROUTES: Slot = Slot {
+        class: "VBuilderConfig",
+        method: "getAllBuildRoutes",
+        v10: None,
+        v11: Some((59, 1, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Slot] = &[
+        DTOR_COMPLETE,
+        DTOR_DELETING,
+        SET_AVG_TIMING_ITERATIONS,
+        GET_AVG_TIMING_ITERATIONS,
+        SET_ENGINE_CAPABILITY,
+        GET_ENGINE_CAPABILITY,
+        SET_INT8_CALIBRATOR,
+        GET_INT8_CALIBRATOR,
+        SET_FLAGS,
+        GET_FLAGS,
+        CLEAR_FLAG,
+        SET_FLAG,
+        GET_FLAG,
+        SET_DEVICE_TYPE,
+        GET_DEVICE_TYPE,
+        IS_DEVICE_TYPE_SET,
+        RESET_DEVICE_TYPE,
+        CAN_RUN_ON_DLA,
+        SET_DLA_CORE,
+        GET_DLA_CORE,
+        SET_DEFAULT_DEVICE_TYPE,
+        GET_DEFAULT_DEVICE_TYPE,
+        RESET,
+        SET_PROFILE_STREAM,
+        GET_PROFILE_STREAM,
+        ADD_OPTIMIZATION_PROFILE,
+        GET_NB_OPTIMIZATION_PROFILES,
+        SET_PROFILING_VERBOSITY,
+        GET_PROFILING_VERBOSITY,
+        SET_ALGORITHM_SELECTOR,
+        GET_ALGORITHM_SELECTOR,
+        SET_CALIBRATION_PROFILE,
+        GET_CALIBRATION_PROFILE,
+        SET_QUANTIZATION_FLAGS,
+        GET_QUANTIZATION_FLAGS,
+        CLEAR_QUANTIZATION_FLAG,
+        SET_QUANTIZATION_FLAG,
+        GET_QUANTIZATION_FLAG,
+        SET_TACTIC_SOURCES,
+        GET_TACTIC_SOURCES,
+        CREATE_TIMING_CACHE,
+        SET_TIMING_CACHE,
+        GET_TIMING_CACHE,
+        SET_MEMORY_POOL_LIMIT,
+        GET_MEMORY_POOL_LIMIT,
+        SET_PREVIEW_FEATURE,
+        GET_PREVIEW_FEATURE,
+        SET_BUILDER_OPTIMIZATION_LEVEL,
+        GET_BUILDER_OPTIMIZATION_LEVEL,
+        SET_HARDWARE_COMPATIBILITY_LEVEL,
+        GET_HARDWARE_COMPATIBILITY_LEVEL,
+        SET_PLUGINS_TO_SERIALIZE,
+        GET_PLUGIN_TO_SERIALIZE,
+        GET_NB_PLUGINS_TO_SERIALIZE,
+        SET_MAX_AUX_STREAMS,
+        GET_MAX_AUX_STREAMS,
+        SET_PROGRESS_MONITOR,
+        GET_PROGRESS_MONITOR,
+        SET_RUNTIME_PLATFORM,
+        GET_RUNTIME_PLATFORM,
+        SET_MAX_NB_TACTICS,
+        GET_MAX_NB_TACTICS,
+        SET_TILING_OPTIMIZATION_LEVEL,
+        GET_TILING_OPTIMIZATION_LEVEL,
+        SET_L2_LIMIT_FOR_TILING,
+        GET_L2_LIMIT_FOR_TILING,
+        SET_REMOTE_AUTO_TUNING_CONFIG,
+        GET_REMOTE_AUTO_TUNING_CONFIG,
+        SET_BUILD_ROUTE,
+        GET_BUILD_ROUTE,
+        GET_ALL_BUILD_ROUTES,
+    ];
+}
+
+pub mod network {
+    use super::Slot;
+
+    /// `void ~dtor()`
+    pub const DTOR_COMPLETE: Slot = Slot {
+        class: "VNetworkDefinition",
+        method: "~dtor_complete",
+        v10: Some((0, 0, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    /// `void ~dtor()`
+    pub const DTOR_DELETING: Slot = Slot {
+        class: "VNetworkDefinition",
+        method: "~dtor_deleting",
+        v10: Some((1, 0, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    /// `ITensor* addInput(const char* name, DataType type, const Dims& dimensions)`
+    pub const ADD_INPUT: Slot = Slot {
+        class: "VNetworkDefinition",
+        method: "addInput",
+        v10: Some((2, 0, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+    /// `void markOutput(ITensor& tensor)`
+    pub const MARK_OUTPUT: Slot = Slot {
+        class: "VNetworkDefinition",
+        method: "markOutput",
+        v10: Some((3, 0, u16::MAX)),
+        v11: Some((3, 0, u16::MAX)),
+    };
+    /// `int32_t getNbLayers() const`
+    pub const GET_NB_LAYERS: Slot = Slot {
+        class: "VNetworkDefinition",
+        method: "getNbLayers",
+        v10: Some((12, 0, u16::MAX)),
+        v11: Some((12, 0, u16::MAX)),
+    };
+    /// `ILayer* getLayer(int32_t index) const`
+    pub const GET_LAYER: Slot = Slot {
+        class: "VNetworkDefinition",
+        method: "getLayer",
+        v10: Some((13, 0, u16::MAX)),
+        v11: Some((13, 0, u16::MAX)),
+    };
+    /// `int32_t getNbInputs() const`
+    pub const GET_NB_INPUTS: Slot = Slot {
+        class: "VNetworkDefinition",
+        method: "getNbInputs",
+        v10: Some((14, 0, u16::MAX)),
+        v11: Some((14, 0, u16::MAX)),
+    };
+    /// `ITensor* getInput(int32_t index) const`
+    pub const GET_INPUT: Slot = Slot {
+        class: "VNetworkDefinition",
+        method: "getInput",
+        v10: Some((15, 0, u16::MAX)),
+        v11: Some((15, 0, u16::MAX)),
+    };
+    /// `int32_t getNbOutputs() const`
+    pub const GET_NB_OUTPUTS: Slot = Slot {
+        class: "VNetworkDefinition",
+        method: "getNbOutputs",
+        v10: Some((16, 0, u16::MAX)),
+        v11: Some((16, 0, u16::MAX)),
+    };
+    /// `ITensor* getOutput(int32_t index) const`
+    pub const GET_OUTPUT: Slot = Slot {
+        class: "VNetworkDefinition",
+        method: "getOutput",
+        v10: Some((17, 0, u16::MAX)),
+        v11: Some((17, 0, u16::MAX)),
+    };
+    /// `IIdentityLayer* addIdentity(ITensor& input)`
+    pub const ADD_IDENTITY: Slot = Slot {
+        class: "VNetworkDefinition",
+        method: "addIdentity",
+        v10: Some((24, 0, u16::MAX)),
+        v11: Some((24, 0, u16::MAX)),
+    };
+    /// `void unmarkOutput(ITensor& tensor)`
+    pub const UNMARK_OUTPUT: Slot = Slot {
+        class: "VNetworkDefinition",
+        method: "unmarkOutput",
+        v10: Some((26, 0, u16::MAX)),
+        v11: Some((26, 0, u16::MAX)),
+    };
+    /// `void setName(const char* name)`
+    pub const SET_NAME: Slot = Slot {
+        class: "VNetworkDefinition",
+        method: "setName",
+        v10: Some((30, 0, u16::MAX)),
+        v11: Some((30, 0, u16::MAX)),
+    };
+    /// `const char* getName() const`
+    pub const GET_NAME: Slot = Slot {
+        class: "VNetworkDefinition",
+        method: "getName",
+        v10: Some((31, 0, u16::MAX)),
+        v11: Some((31, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Slot] = &[
+        DTOR_COMPLETE,
+        DTOR_DELETING,
+        ADD_INPUT,
+        MARK_OUTPUT,
+        GET_NB_LAYERS,
+        GET_LAYER,
+        GET_NB_INPUTS,
+        GET_INPUT,
+        GET_NB_OUTPUTS,
+        GET_OUTPUT,
+        ADD_IDENTITY,
+        UNMARK_OUTPUT,
+        SET_NAME,
+        GET_NAME,
+    ];
+}
+
+pub mod tensor {
+    use super::Slot;
+
+    /// `void ~dtor()`
+    pub const DTOR_COMPLETE: Slot = Slot {
+        class: "VTensor",
+        method: "~dtor_complete",
+        v10: Some((0, 0, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    /// `void ~dtor()`
+    pub const DTOR_DELETING: Slot = Slot {
+        class: "VTensor",
+        method: "~dtor_deleting",
+        v10: Some((1, 0, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    /// `void setName(const char* name)`
+    pub const SET_NAME: Slot = Slot {
+        class: "VTensor",
+        method: "setName",
+        v10: Some((2, 0, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+    /// `const char* getName() const`
+    pub const GET_NAME: Slot = Slot {
+        class: "VTensor",
+        method: "getName",
+        v10: Some((3, 0, u16::MAX)),
+        v11: Some((3, 0, u16::MAX)),
+    };
+    /// `void setDimensions(const Dims& dimensions)`
+    pub const SET_DIMENSIONS: Slot = Slot {
+        class: "VTensor",
+        method: "setDimensions",
+        v10: Some((4, 0, u16::MAX)),
+        v11: Some((4, 0, u16::MAX)),
+    };
+    /// `Dims getDimensions() const`
+    pub const GET_DIMENSIONS: Slot = Slot {
+        class: "VTensor",
+        method: "getDimensions",
+        v10: Some((5, 0, u16::MAX)),
+        v11: Some((5, 0, u16::MAX)),
+    };
+    /// `void setType(DataType type)`
+    pub const SET_TYPE: Slot = Slot {
+        class: "VTensor",
+        method: "setType",
+        v10: Some((6, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `DataType getType() const`
+    pub const GET_TYPE: Slot = Slot {
+        class: "VTensor",
+        method: "getType",
+        v10: Some((7, 0, u16::MAX)),
+        v11: Some((6, 0, u16::MAX)),
+    };
+    /// `bool setDynamicRange(float min, float max)`
+    pub const SET_DYNAMIC_RANGE: Slot = Slot {
+        class: "VTensor",
+        method: "setDynamicRange",
+        v10: Some((8, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `bool isNetworkInput() const`
+    pub const IS_NETWORK_INPUT: Slot = Slot {
+        class: "VTensor",
+        method: "isNetworkInput",
+        v10: Some((9, 0, u16::MAX)),
+        v11: Some((7, 0, u16::MAX)),
+    };
+    /// `bool isNetworkOutput() const`
+    pub const IS_NETWORK_OUTPUT: Slot = Slot {
+        class: "VTensor",
+        method: "isNetworkOutput",
+        v10: Some((10, 0, u16::MAX)),
+        v11: Some((8, 0, u16::MAX)),
+    };
+    /// `void setBroadcastAcrossBatch(bool broadcastAcrossBatch)`
+    pub const SET_BROADCAST_ACROSS_BATCH: Slot = Slot {
+        class: "VTensor",
+        method: "setBroadcastAcrossBatch",
+        v10: Some((11, 0, u16::MAX)),
+        v11: Some((9, 0, u16::MAX)),
+    };
+    /// `bool getBroadcastAcrossBatch() const`
+    pub const GET_BROADCAST_ACROSS_BATCH: Slot = Slot {
+        class: "VTensor",
+        method: "getBroadcastAcrossBatch",
+        v10: Some((12, 0, u16::MAX)),
+        v11: Some((10, 0, u16::MAX)),
+    };
+    /// `TensorLocation getLocation() const`
+    pub const GET_LOCATION: Slot = Slot {
+        class: "VTensor",
+        method: "getLocation",
+        v10: Some((13, 0, u16::MAX)),
+        v11: Some((11, 0, u16::MAX)),
+    };
+    /// `void setLocation(TensorLocation location)`
+    pub const SET_LOCATION: Slot = Slot {
+        class: "VTensor",
+        method: "setLocation",
+        v10: Some((14, 0, u16::MAX)),
+        v11: Some((12, 0, u16::MAX)),
+    };
+    /// `bool dynamicRangeIsSet() const`
+    pub const DYNAMIC_RANGE_IS_SET: Slot = Slot {
+        class: "VTensor",
+        method: "dynamicRangeIsSet",
+        v10: Some((15, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `void resetDynamicRange()`
+    pub const RESET_DYNAMIC_RANGE: Slot = Slot {
+        class: "VTensor",
+        method: "resetDynamicRange",
+        v10: Some((16, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `float getDynamicRangeMin() const`
+    pub const GET_DYNAMIC_RANGE_MIN: Slot = Slot {
+        class: "VTensor",
+        method: "getDynamicRangeMin",
+        v10: Some((17, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `float getDynamicRangeMax() const`
+    pub const GET_DYNAMIC_RANGE_MAX: Slot = Slot {
+        class: "VTensor",
+        method: "getDynamicRangeMax",
+        v10: Some((18, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `void setAllowedFormats(TensorFormats formats)`
+    pub const SET_ALLOWED_FORMATS: Slot = Slot {
+        class: "VTensor",
+        method: "setAllowedFormats",
+        v10: Some((19, 0, u16::MAX)),
+        v11: Some((13, 0, u16::MAX)),
+    };
+    /// `TensorFormats getAllowedFormats() const`
+    pub const GET_ALLOWED_FORMATS: Slot = Slot {
+        class: "VTensor",
+        method: "getAllowedFormats",
+        v10: Some((20, 0, u16::MAX)),
+        v11: Some((14, 0, u16::MAX)),
+    };
+    /// `bool isShapeTensor() const`
+    pub const IS_SHAPE_TENSOR: Slot = Slot {
+        class: "VTensor",
+        method: "isShapeTensor",
+        v10: Some((21, 0, u16::MAX)),
+        v11: Some((15, 0, u16::MAX)),
+    };
+    /// `bool isExecutionTensor() const`
+    pub const IS_EXECUTION_TENSOR: Slot = Slot {
+        class: "VTensor",
+        method: "isExecutionTensor",
+        v10: Some((22, 0, u16::MAX)),
+        v11: Some((16, 0, u16::MAX)),
+    };
+    /// `void setDimensionName(int32_t index, const char* name)`
+    pub const SET_DIMENSION_NAME: Slot = Slot {
+        class: "VTensor",
+        method: "setDimensionName",
+        v10: Some((23, 0, u16::MAX)),
+        v11: Some((17, 0, u16::MAX)),
+    };
+    /// `const char* getDimensionName(int32_t index) const`
+    pub const GET_DIMENSION_NAME: Slot = Slot {
+        class: "VTensor",
+        method: "getDimensionName",
+        v10: Some((24, 0, u16::MAX)),
+        v11: Some((18, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Slot] = &[
+        DTOR_COMPLETE,
+        DTOR_DELETING,
+        SET_NAME,
+        GET_NAME,
+        SET_DIMENSIONS,
+        GET_DIMENSIONS,
+        SET_TYPE,
+        GET_TYPE,
+        SET_DYNAMIC_RANGE,
+        IS_NETWORK_INPUT,
+        IS_NETWORK_OUTPUT,
+        SET_BROADCAST_ACROSS_BATCH,
+        GET_BROADCAST_ACROSS_BATCH,
+        GET_LOCATION,
+        SET_LOCATION,
+        DYNAMIC_RANGE_IS_SET,
+        RESET_DYNAMIC_RANGE,
+        GET_DYNAMIC_RANGE_MIN,
+        GET_DYNAMIC_RANGE_MAX,
+        SET_ALLOWED_FORMATS,
+        GET_ALLOWED_FORMATS,
+        IS_SHAPE_TENSOR,
+        IS_EXECUTION_TENSOR,
+        SET_DIMENSION_NAME,
+        GET_DIMENSION_NAME,
+    ];
+}
+
+pub mod layer {
+    use super::Slot;
+
+    /// `void ~dtor()`
+    pub const DTOR_COMPLETE: Slot = Slot {
+        class: "VLayer",
+        method: "~dtor_complete",
+        v10: Some((0, 0, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    /// `void ~dtor()`
+    pub const DTOR_DELETING: Slot = Slot {
+        class: "VLayer",
+        method: "~dtor_deleting",
+        v10: Some((1, 0, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    /// `LayerType getType() const`
+    pub const GET_TYPE: Slot = Slot {
+        class: "VLayer",
+        method: "getType",
+        v10: Some((2, 0, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+    /// `void setName(const char* name)`
+    pub const SET_NAME: Slot = Slot {
+        class: "VLayer",
+        method: "setName",
+        v10: Some((3, 0, u16::MAX)),
+        v11: Some((3, 0, u16::MAX)),
+    };
+    /// `const char* getName() const`
+    pub const GET_NAME: Slot = Slot {
+        class: "VLayer",
+        method: "getName",
+        v10: Some((4, 0, u16::MAX)),
+        v11: Some((4, 0, u16::MAX)),
+    };
+    /// `int32_t getNbInputs() const`
+    pub const GET_NB_INPUTS: Slot = Slot {
+        class: "VLayer",
+        method: "getNbInputs",
+        v10: Some((5, 0, u16::MAX)),
+        v11: Some((5, 0, u16::MAX)),
+    };
+    /// `ITensor* getInput(int32_t index) const`
+    pub const GET_INPUT: Slot = Slot {
+        class: "VLayer",
+        method: "getInput",
+        v10: Some((6, 0, u16::MAX)),
+        v11: Some((6, 0, u16::MAX)),
+    };
+    /// `int32_t getNbOutputs() const`
+    pub const GET_NB_OUTPUTS: Slot = Slot {
+        class: "VLayer",
+        method: "getNbOutputs",
+        v10: Some((7, 0, u16::MAX)),
+        v11: Some((7, 0, u16::MAX)),
+    };
+    /// `ITensor* getOutput(int32_t index) const`
+    pub const GET_OUTPUT: Slot = Slot {
+        class: "VLayer",
+        method: "getOutput",
+        v10: Some((8, 0, u16::MAX)),
+        v11: Some((8, 0, u16::MAX)),
+    };
+    /// `void setInput(int32_t index, ITensor& tensor)`
+    pub const SET_INPUT: Slot = Slot {
+        class: "VLayer",
+        method: "setInput",
+        v10: Some((9, 0, u16::MAX)),
+        v11: Some((9, 0, u16::MAX)),
+    };
+    /// `void setPrecision(DataType dataType)`
+    pub const SET_PRECISION: Slot = Slot {
+        class: "VLayer",
+        method: "setPrecision",
+        v10: Some((10, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `DataType getPrecision() const`
+    pub const GET_PRECISION: Slot = Slot {
+        class: "VLayer",
+        method: "getPrecision",
+        v10: Some((11, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `bool precisionIsSet() const`
+    pub const PRECISION_IS_SET: Slot = Slot {
+        class: "VLayer",
+        method: "precisionIsSet",
+        v10: Some((12, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `void resetPrecision()`
+    pub const RESET_PRECISION: Slot = Slot {
+        class: "VLayer",
+        method: "resetPrecision",
+        v10: Some((13, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `void setOutputType(int32_t index, DataType dataType)`
+    pub const SET_OUTPUT_TYPE: Slot = Slot {
+        class: "VLayer",
+        method: "setOutputType",
+        v10: Some((14, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `DataType getOutputType(int32_t index) const`
+    pub const GET_OUTPUT_TYPE: Slot = Slot {
+        class: "VLayer",
+        method: "getOutputType",
+        v10: Some((15, 0, u16::MAX)),
+        v11: Some((10, 0, u16::MAX)),
+    };
+    /// `bool outputTypeIsSet(int32_t index) const`
+    pub const OUTPUT_TYPE_IS_SET: Slot = Slot {
+        class: "VLayer",
+        method: "outputTypeIsSet",
+        v10: Some((16, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `void resetOutputType(int32_t index)`
+    pub const RESET_OUTPUT_TYPE: Slot = Slot {
+        class: "VLayer",
+        method: "resetOutputType",
+        v10: Some((17, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `void setMetadata(const char* docString)`
+    pub const SET_METADATA: Slot = Slot {
+        class: "VLayer",
+        method: "setMetadata",
+        v10: Some((18, 0, u16::MAX)),
+        v11: Some((11, 0, u16::MAX)),
+    };
+    /// `const char* getMetadata() const`
+    pub const GET_METADATA: Slot = Slot {
+        class: "VLayer",
+        method: "getMetadata",
+        v10: Some((19, 0, u16::MAX)),
+        v11: Some((12, 0, u16::MAX)),
+    };
+    /// `bool setNbRanks(int32_t nbRanks)`
+    pub const SET_NB_RANKS: Slot = Slot {
+        class: "VLayer",
+        method: "setNbRanks",
+        v10: Some((20, 16, u16::MAX)),
+        v11: Some((13, 0, u16::MAX)),
+    };
+    /// `int32_t getNbRanks() const`
+    pub const GET_NB_RANKS: Slot = Slot {
+        class: "VLayer",
+        method: "getNbRanks",
+        v10: Some((21, 16, u16::MAX)),
+        v11: Some((14, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Slot] = &[
+        DTOR_COMPLETE,
+        DTOR_DELETING,
+        GET_TYPE,
+        SET_NAME,
+        GET_NAME,
+        GET_NB_INPUTS,
+        GET_INPUT,
+        GET_NB_OUTPUTS,
+        GET_OUTPUT,
+        SET_INPUT,
+        SET_PRECISION,
+        GET_PRECISION,
+        PRECISION_IS_SET,
+        RESET_PRECISION,
+        SET_OUTPUT_TYPE,
+        GET_OUTPUT_TYPE,
+        OUTPUT_TYPE_IS_SET,
+        RESET_OUTPUT_TYPE,
+        SET_METADATA,
+        GET_METADATA,
+        SET_NB_RANKS,
+        GET_NB_RANKS,
+    ];
+}
+
+pub mod optimization_profile {
+    use super::Slot;
+
+    /// `void ~dtor()`
+    pub const DTOR_COMPLETE: Slot = Slot {
+        class: "VOptimizationProfile",
+        method: "~dtor_complete",
+        v10: Some((0, 0, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    /// `void ~dtor()`
+    pub const DTOR_DELETING: Slot = Slot {
+        class: "VOptimizationProfile",
+        method: "~dtor_deleting",
+        v10: Some((1, 0, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    /// `bool setDimensions(const char* inputName, OptProfileSelector select, const Dims& dims)`
+    pub const SET_DIMENSIONS: Slot = Slot {
+        class: "VOptimizationProfile",
+        method: "setDimensions",
+        v10: Some((2, 0, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+    /// `Dims getDimensions(const char* inputName, OptProfileSelector select) const`
+    pub const GET_DIMENSIONS: Slot = Slot {
+        class: "VOptimizationProfile",
+        method: "getDimensions",
+        v10: Some((3, 0, u16::MAX)),
+        v11: Some((3, 0, u16::MAX)),
+    };
+    /// `bool setShapeValues(const char* inputName, OptProfileSelector select, const int32_t* values, int32_t nbValues)`
+    pub const SET_SHAPE_VALUES: Slot = Slot {
+        class: "VOptimizationProfile",
+        method: "setShapeValues",
+        v10: Some((4, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `int32_t getNbShapeValues(const char* inputName) const`
+    pub const GET_NB_SHAPE_VALUES: Slot = Slot {
+        class: "VOptimizationProfile",
+        method: "getNbShapeValues",
+        v10: Some((5, 0, u16::MAX)),
+        v11: Some((4, 0, u16::MAX)),
+    };
+    /// `const int32_t* getShapeValues(const char* inputName, OptProfileSelector select) const`
+    pub const GET_SHAPE_VALUES: Slot = Slot {
+        class: "VOptimizationProfile",
+        method: "getShapeValues",
+        v10: Some((6, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `bool setExtraMemoryTarget(float target)`
+    pub const SET_EXTRA_MEMORY_TARGET: Slot = Slot {
+        class: "VOptimizationProfile",
+        method: "setExtraMemoryTarget",
+        v10: Some((7, 0, u16::MAX)),
+        v11: Some((5, 0, u16::MAX)),
+    };
+    /// `float getExtraMemoryTarget() const`
+    pub const GET_EXTRA_MEMORY_TARGET: Slot = Slot {
+        class: "VOptimizationProfile",
+        method: "getExtraMemoryTarget",
+        v10: Some((8, 0, u16::MAX)),
+        v11: Some((6, 0, u16::MAX)),
+    };
+    /// `bool isValid() const`
+    pub const IS_VALID: Slot = Slot {
+        class: "VOptimizationProfile",
+        method: "isValid",
+        v10: Some((9, 0, u16::MAX)),
+        v11: Some((7, 0, u16::MAX)),
+    };
+    /// `bool setShapeValuesV2(const char* inputName, OptProfileSelector select, const int64_t* values, int32_t nbValues)`
+    pub const SET_SHAPE_VALUES_V2: Slot = Slot {
+        class: "VOptimizationProfile",
+        method: "setShapeValuesV2",
+        v10: Some((10, 11, u16::MAX)),
+        v11: Some((8, 0, u16::MAX)),
+    };
+    /// `const int64_t* getShapeValuesV2(const char* inputName, OptProfileSelector select) const`
+    pub const GET_SHAPE_VALUES_V2: Slot = Slot {
+        class: "VOptimizationProfile",
+        method: "getShapeValuesV2",
+        v10: Some((11, 11, u16::MAX)),
+        v11: Some((9, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Slot] = &[
+        DTOR_COMPLETE,
+        DTOR_DELETING,
+        SET_DIMENSIONS,
+        GET_DIMENSIONS,
+        SET_SHAPE_VALUES,
+        GET_NB_SHAPE_VALUES,
+        GET_SHAPE_VALUES,
+        SET_EXTRA_MEMORY_TARGET,
+        GET_EXTRA_MEMORY_TARGET,
+        IS_VALID,
+        SET_SHAPE_VALUES_V2,
+        GET_SHAPE_VALUES_V2,
+    ];
+}
+
+pub mod timing_cache {
+    use super::Slot;
+
+    /// `void ~dtor()`
+    pub const DTOR_COMPLETE: Slot = Slot {
+        class: "VTimingCache",
+        method: "~dtor_complete",
+        v10: Some((0, 0, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    /// `void ~dtor()`
+    pub const DTOR_DELETING: Slot = Slot {
+        class: "VTimingCache",
+        method: "~dtor_deleting",
+        v10: Some((1, 0, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    /// `IHostMemory* serialize() const`
+    pub const SERIALIZE: Slot = Slot {
+        class: "VTimingCache",
+        method: "serialize",
+        v10: Some((2, 0, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+    /// `bool combine(const ITimingCache& inputCache, bool ignoreMismatch)`
+    pub const COMBINE: Slot = Slot {
+        class: "VTimingCache",
+        method: "combine",
+        v10: Some((3, 0, u16::MAX)),
+        v11: Some((3, 0, u16::MAX)),
+    };
+    /// `bool reset()`
+    pub const RESET: Slot = Slot {
+        class: "VTimingCache",
+        method: "reset",
+        v10: Some((4, 0, u16::MAX)),
+        v11: Some((4, 0, u16::MAX)),
+    };
+    /// `int64_t queryKeys(TimingCacheKey* keyBuffer, int64_t capacity) const`
+    pub const QUERY_KEYS: Slot = Slot {
+        class: "VTimingCache",
+        method: "queryKeys",
+        v10: Some((5, 8, u16::MAX)),
+        v11: Some((5, 0, u16::MAX)),
+    };
+    /// `TimingCacheValue query(const TimingCacheKey& key) const`
+    pub const QUERY: Slot = Slot {
+        class: "VTimingCache",
+        method: "query",
+        v10: Some((6, 8, u16::MAX)),
+        v11: Some((6, 0, u16::MAX)),
+    };
+    /// `bool update(const TimingCacheKey& key, const TimingCacheValue& value)`
+    pub const UPDATE: Slot = Slot {
+        class: "VTimingCache",
+        method: "update",
+        v10: Some((7, 8, u16::MAX)),
+        v11: Some((7, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Slot] = &[
+        DTOR_COMPLETE,
+        DTOR_DELETING,
+        SERIALIZE,
+        COMBINE,
+        RESET,
+        QUERY_KEYS,
+        QUERY,
+        UPDATE,
+    ];
+}
+
+pub mod refitter {
+    use super::Slot;
+
+    /// `void ~dtor()`
+    pub const DTOR_COMPLETE: Slot = Slot {
+        class: "VRefitter",
+        method: "~dtor_complete",
+        v10: Some((0, 0, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    /// `void ~dtor()`
+    pub const DTOR_DELETING: Slot = Slot {
+        class: "VRefitter",
+        method: "~dtor_deleting",
+        v10: Some((1, 0, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    /// `IRefitter* getPImpl()`
+    pub const GET_P_IMPL: Slot = Slot {
+        class: "VRefitter",
+        method: "getPImpl",
+        v10: Some((2, 0, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+    /// `bool setWeights(const char* layerName, WeightsRole role, Weights weights)`
+    pub const SET_WEIGHTS: Slot = Slot {
+        class: "VRefitter",
+        method: "setWeights",
+        v10: Some((3, 0, u16::MAX)),
+        v11: Some((3, 0, u16::MAX)),
+    };
+    /// `bool refitCudaEngine()`
+    pub const REFIT_CUDA_ENGINE: Slot = Slot {
+        class: "VRefitter",
+        method: "refitCudaEngine",
+        v10: Some((4, 0, u16::MAX)),
+        v11: Some((4, 0, u16::MAX)),
+    };
+    /// `int32_t getMissing(int32_t size, const char** layerNames, WeightsRole* roles)`
+    pub const GET_MISSING: Slot = Slot {
+        class: "VRefitter",
+        method: "getMissing",
+        v10: Some((5, 0, u16::MAX)),
+        v11: Some((5, 0, u16::MAX)),
+    };
+    /// `int32_t getAll(int32_t size, const char** layerNames, WeightsRole* roles)`
+    pub const GET_ALL: Slot = Slot {
+        class: "VRefitter",
+        method: "getAll",
+        v10: Some((6, 0, u16::MAX)),
+        v11: Some((6, 0, u16::MAX)),
+    };
+    /// `bool setDynamicRange(const char* tensorName, float min, float max)`
+    pub const SET_DYNAMIC_RANGE: Slot = Slot {
+        class: "VRefitter",
+        method: "setDynamicRange",
+        v10: Some((7, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `float getDynamicRangeMin(const char* tensorName) const`
+    pub const GET_DYNAMIC_RANGE_MIN: Slot = Slot {
+        class: "VRefitter",
+        method: "getDynamicRangeMin",
+        v10: Some((8, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `float getDynamicRangeMax(const char* tensorName) const`
+    pub const GET_DYNAMIC_RANGE_MAX: Slot = Slot {
+        class: "VRefitter",
+        method: "getDynamicRangeMax",
+        v10: Some((9, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `int32_t getTensorsWithDynamicRange(int32_t size, const char** tensorNames) const`
+    pub const GET_TENSORS_WITH_DYNAMIC_RANGE: Slot = Slot {
+        class: "VRefitter",
+        method: "getTensorsWithDynamicRange",
+        v10: Some((10, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `void setErrorRecorder(IErrorRecorder* recorder)`
+    pub const SET_ERROR_RECORDER: Slot = Slot {
+        class: "VRefitter",
+        method: "setErrorRecorder",
+        v10: Some((11, 0, u16::MAX)),
+        v11: Some((7, 0, u16::MAX)),
+    };
+    /// `IErrorRecorder* getErrorRecorder() const`
+    pub const GET_ERROR_RECORDER: Slot = Slot {
+        class: "VRefitter",
+        method: "getErrorRecorder",
+        v10: Some((12, 0, u16::MAX)),
+        v11: Some((8, 0, u16::MAX)),
+    };
+    /// `bool setNamedWeights(const char* name, Weights weights)`
+    pub const SET_NAMED_WEIGHTS: Slot = Slot {
+        class: "VRefitter",
+        method: "setNamedWeights",
+        v10: Some((13, 0, u16::MAX)),
+        v11: Some((9, 0, u16::MAX)),
+    };
+    /// `int32_t getMissingWeights(int32_t size, const char** weightsNames)`
+    pub const GET_MISSING_WEIGHTS: Slot = Slot {
+        class: "VRefitter",
+        method: "getMissingWeights",
+        v10: Some((14, 0, u16::MAX)),
+        v11: Some((10, 0, u16::MAX)),
+    };
+    /// `int32_t getAllWeights(int32_t size, const char** weightsNames)`
+    pub const GET_ALL_WEIGHTS: Slot = Slot {
+        class: "VRefitter",
+        method: "getAllWeights",
+        v10: Some((15, 0, u16::MAX)),
+        v11: Some((11, 0, u16::MAX)),
+    };
+    /// `ILogger* getLogger() const`
+    pub const GET_LOGGER: Slot = Slot {
+        class: "VRefitter",
+        method: "getLogger",
+        v10: Some((16, 0, u16::MAX)),
+        v11: Some((12, 0, u16::MAX)),
+    };
+    /// `bool setMaxThreads(int32_t maxThreads)`
+    pub const SET_MAX_THREADS: Slot = Slot {
+        class: "VRefitter",
+        method: "setMaxThreads",
+        v10: Some((17, 0, u16::MAX)),
+        v11: Some((13, 0, u16::MAX)),
+    };
+    /// `int32_t getMaxThreads() const`
+    pub const GET_MAX_THREADS: Slot = Slot {
+        class: "VRefitter",
+        method: "getMaxThreads",
+        v10: Some((18, 0, u16::MAX)),
+        v11: Some((14, 0, u16::MAX)),
+    };
+    /// `bool setNamedWeightsWithLocation(const char* name, Weights weights, TensorLocation location)`
+    pub const SET_NAMED_WEIGHTS_WITH_LOCATION: Slot = Slot {
+        class: "VRefitter",
+        method: "setNamedWeightsWithLocation",
+        v10: Some((19, 0, u16::MAX)),
+        v11: Some((15, 0, u16::MAX)),
+    };
+    /// `Weights getNamedWeights(const char* weightsName) const`
+    pub const GET_NAMED_WEIGHTS: Slot = Slot {
+        class: "VRefitter",
+        method: "getNamedWeights",
+        v10: Some((20, 0, u16::MAX)),
+        v11: Some((16, 0, u16::MAX)),
+    };
+    /// `TensorLocation getWeightsLocation(const char* weightsName) const`
+    pub const GET_WEIGHTS_LOCATION: Slot = Slot {
+        class: "VRefitter",
+        method: "getWeightsLocation",
+        v10: Some((21, 0, u16::MAX)),
+        v11: Some((17, 0, u16::MAX)),
+    };
+    /// `bool unsetNamedWeights(const char* weightsName)`
+    pub const UNSET_NAMED_WEIGHTS: Slot = Slot {
+        class: "VRefitter",
+        method: "unsetNamedWeights",
+        v10: Some((22, 0, u16::MAX)),
+        v11: Some((18, 0, u16::MAX)),
+    };
+    /// `void setWeightsValidation(bool weightsValidation)`
+    pub const SET_WEIGHTS_VALIDATION: Slot = Slot {
+        class: "VRefitter",
+        method: "setWeightsValidation",
+        v10: Some((23, 0, u16::MAX)),
+        v11: Some((19, 0, u16::MAX)),
+    };
+    /// `bool getWeightsValidation() const`
+    pub const GET_WEIGHTS_VALIDATION: Slot = Slot {
+        class: "VRefitter",
+        method: "getWeightsValidation",
+        v10: Some((24, 0, u16::MAX)),
+        v11: Some((20, 0, u16::MAX)),
+    };
+    /// `bool refitCudaEngineAsync(cudaStream_t stream)`
+    pub const REFIT_CUDA_ENGINE_ASYNC: Slot = Slot {
+        class: "VRefitter",
+        method: "refitCudaEngineAsync",
+        v10: Some((25, 0, u16::MAX)),
+        v11: Some((21, 0, u16::MAX)),
+    };
+    /// `Weights getWeightsPrototype(const char* weightsName) const`
+    pub const GET_WEIGHTS_PROTOTYPE: Slot = Slot {
+        class: "VRefitter",
+        method: "getWeightsPrototype",
+        v10: Some((26, 0, u16::MAX)),
+        v11: Some((22, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Slot] = &[
+        DTOR_COMPLETE,
+        DTOR_DELETING,
+        GET_P_IMPL,
+        SET_WEIGHTS,
+        REFIT_CUDA_ENGINE,
+        GET_MISSING,
+        GET_ALL,
+        SET_DYNAMIC_RANGE,
+        GET_DYNAMIC_RANGE_MIN,
+        GET_DYNAMIC_RANGE_MAX,
+        GET_TENSORS_WITH_DYNAMIC_RANGE,
+        SET_ERROR_RECORDER,
+        GET_ERROR_RECORDER,
+        SET_NAMED_WEIGHTS,
+        GET_MISSING_WEIGHTS,
+        GET_ALL_WEIGHTS,
+        GET_LOGGER,
+        SET_MAX_THREADS,
+        GET_MAX_THREADS,
+        SET_NAMED_WEIGHTS_WITH_LOCATION,
+        GET_NAMED_WEIGHTS,
+        GET_WEIGHTS_LOCATION,
+        UNSET_NAMED_WEIGHTS,
+        SET_WEIGHTS_VALIDATION,
+        GET_WEIGHTS_VALIDATION,
+        REFIT_CUDA_ENGINE_ASYNC,
+        GET_WEIGHTS_PROTOTYPE,
+    ];
+}
+
+pub mod parser {
+    use super::Slot;
+
+    /// `bool parse(const void* serialized_onnx_model, uint64_t serialized_onnx_model_size, const char* model_path)`
+    pub const PARSE: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "parse",
+        v10: Some((0, 0, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    /// `bool parseFromFile(const char* onnxModelFile, int32_t verbosity)`
+    pub const PARSE_FROM_FILE: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "parseFromFile",
+        v10: Some((1, 0, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    /// `bool supportsModel(const void* serialized_onnx_model, uint64_t serialized_onnx_model_size, SubGraphCollection_t& sub_graph_collection, const char* model_path)`
+    pub const SUPPORTS_MODEL: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "supportsModel",
+        v10: Some((2, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `bool parseWithWeightDescriptors(const void* serialized_onnx_model, uint64_t serialized_onnx_model_size)`
+    pub const PARSE_WITH_WEIGHT_DESCRIPTORS: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "parseWithWeightDescriptors",
+        v10: Some((3, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `bool supportsOperator(const char* op_name) const`
+    pub const SUPPORTS_OPERATOR: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "supportsOperator",
+        v10: Some((4, 0, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+    /// `int32_t getNbErrors() const`
+    pub const GET_NB_ERRORS: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "getNbErrors",
+        v10: Some((5, 0, u16::MAX)),
+        v11: Some((3, 0, u16::MAX)),
+    };
+    /// `const IParserError* getError(int32_t index) const`
+    pub const GET_ERROR: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "getError",
+        v10: Some((6, 0, u16::MAX)),
+        v11: Some((4, 0, u16::MAX)),
+    };
+    /// `void clearErrors()`
+    pub const CLEAR_ERRORS: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "clearErrors",
+        v10: Some((7, 0, u16::MAX)),
+        v11: Some((5, 0, u16::MAX)),
+    };
+    /// `void ~dtor()`
+    pub const DTOR_COMPLETE: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "~dtor_complete",
+        v10: Some((8, 0, u16::MAX)),
+        v11: Some((6, 0, u16::MAX)),
+    };
+    /// `void ~dtor()`
+    pub const DTOR_DELETING: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "~dtor_deleting",
+        v10: Some((9, 0, u16::MAX)),
+        v11: Some((7, 0, u16::MAX)),
+    };
+    /// `const char*const* getUsedVCPluginLibraries(int64_t& nbPluginLibs) const`
+    pub const GET_USED_VC_PLUGIN_LIBRARIES: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "getUsedVCPluginLibraries",
+        v10: Some((10, 0, u16::MAX)),
+        v11: Some((8, 0, u16::MAX)),
+    };
+    /// `void setFlags(OnnxParserFlags onnxParserFlags)`
+    pub const SET_FLAGS: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "setFlags",
+        v10: Some((11, 0, u16::MAX)),
+        v11: Some((9, 0, u16::MAX)),
+    };
+    /// `OnnxParserFlags getFlags() const`
+    pub const GET_FLAGS: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "getFlags",
+        v10: Some((12, 0, u16::MAX)),
+        v11: Some((10, 0, u16::MAX)),
+    };
+    /// `void clearFlag(OnnxParserFlag onnxParserFlag)`
+    pub const CLEAR_FLAG: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "clearFlag",
+        v10: Some((13, 0, u16::MAX)),
+        v11: Some((11, 0, u16::MAX)),
+    };
+    /// `void setFlag(OnnxParserFlag onnxParserFlag)`
+    pub const SET_FLAG: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "setFlag",
+        v10: Some((14, 0, u16::MAX)),
+        v11: Some((12, 0, u16::MAX)),
+    };
+    /// `bool getFlag(OnnxParserFlag onnxParserFlag) const`
+    pub const GET_FLAG: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "getFlag",
+        v10: Some((15, 0, u16::MAX)),
+        v11: Some((13, 0, u16::MAX)),
+    };
+    /// `const ITensor* getLayerOutputTensor(const char* name, int64_t i)`
+    pub const GET_LAYER_OUTPUT_TENSOR: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "getLayerOutputTensor",
+        v10: Some((16, 0, u16::MAX)),
+        v11: Some((14, 0, u16::MAX)),
+    };
+    /// `bool supportsModelV2(const void* serializedOnnxModel, uint64_t serializedOnnxModelSize, const char* modelPath)`
+    pub const SUPPORTS_MODEL_V2: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "supportsModelV2",
+        v10: Some((17, 1, u16::MAX)),
+        v11: Some((15, 0, u16::MAX)),
+    };
+    /// `int64_t getNbSubgraphs()`
+    pub const GET_NB_SUBGRAPHS: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "getNbSubgraphs",
+        v10: Some((18, 1, u16::MAX)),
+        v11: Some((16, 0, u16::MAX)),
+    };
+    /// `bool isSubgraphSupported(int64_t index)`
+    pub const IS_SUBGRAPH_SUPPORTED: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "isSubgraphSupported",
+        v10: Some((19, 1, u16::MAX)),
+        v11: Some((17, 0, u16::MAX)),
+    };
+    /// `int64_t* getSubgraphNodes(int64_t index, int64_t& subgraphLength)`
+    pub const GET_SUBGRAPH_NODES: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "getSubgraphNodes",
+        v10: Some((20, 1, u16::MAX)),
+        v11: Some((18, 0, u16::MAX)),
+    };
+    /// `bool loadModelProto(const void* serializedOnnxModel, uint64_t serializedOnnxModelSize, const char* modelPath)`
+    pub const LOAD_MODEL_PROTO: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "loadModelProto",
+        v10: Some((21, 13, u16::MAX)),
+        v11: Some((19, 0, u16::MAX)),
+    };
+    /// `bool loadInitializer(const char* name, const void* data, uint64_t size)`
+    pub const LOAD_INITIALIZER: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "loadInitializer",
+        v10: Some((22, 13, u16::MAX)),
+        v11: Some((20, 0, u16::MAX)),
+    };
+    /// `bool parseModelProto()`
+    pub const PARSE_MODEL_PROTO: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "parseModelProto",
+        v10: Some((23, 13, u16::MAX)),
+        v11: Some((21, 0, u16::MAX)),
+    };
+    /// `bool setBuilderConfig(const IBuilderConfig* builderConfig)`
+    pub const SET_BUILDER_CONFIG: Slot = Slot {
+        class: "nvonnxparser::IParser",
+        method: "setBuilderConfig",
+        v10: Some((24, 15, u16::MAX)),
+        v11: Some((22, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Slot] = &[
+        PARSE,
+        PARSE_FROM_FILE,
+        SUPPORTS_MODEL,
+        PARSE_WITH_WEIGHT_DESCRIPTORS,
+        SUPPORTS_OPERATOR,
+        GET_NB_ERRORS,
+        GET_ERROR,
+        CLEAR_ERRORS,
+        DTOR_COMPLETE,
+        DTOR_DELETING,
+        GET_USED_VC_PLUGIN_LIBRARIES,
+        SET_FLAGS,
+        GET_FLAGS,
+        CLEAR_FLAG,
+        SET_FLAG,
+        GET_FLAG,
+        GET_LAYER_OUTPUT_TENSOR,
+        SUPPORTS_MODEL_V2,
+        GET_NB_SUBGRAPHS,
+        IS_SUBGRAPH_SUPPORTED,
+        GET_SUBGRAPH_NODES,
+        LOAD_MODEL_PROTO,
+        LOAD_INITIALIZER,
+        PARSE_MODEL_PROTO,
+        SET_BUILDER_CONFIG,
+    ];
+}
+
+pub mod parser_error {
+    use super::Slot;
+
+    /// `ErrorCode code() const`
+    pub const CODE: Slot = Slot {
+        class: "nvonnxparser::IParserError",
+        method: "code",
+        v10: Some((0, 0, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    /// `const char* desc() const`
+    pub const DESC: Slot = Slot {
+        class: "nvonnxparser::IParserError",
+        method: "desc",
+        v10: Some((1, 0, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    /// `const char* file() const`
+    pub const FILE: Slot = Slot {
+        class: "nvonnxparser::IParserError",
+        method: "file",
+        v10: Some((2, 0, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+    /// `int32_t line() const`
+    pub const LINE: Slot = Slot {
+        class: "nvonnxparser::IParserError",
+        method: "line",
+        v10: Some((3, 0, u16::MAX)),
+        v11: Some((3, 0, u16::MAX)),
+    };
+    /// `const char* func() const`
+    pub const FUNC: Slot = Slot {
+        class: "nvonnxparser::IParserError",
+        method: "func",
+        v10: Some((4, 0, u16::MAX)),
+        v11: Some((4, 0, u16::MAX)),
+    };
+    /// `int32_t node() const`
+    pub const NODE: Slot = Slot {
+        class: "nvonnxparser::IParserError",
+        method: "node",
+        v10: Some((5, 0, u16::MAX)),
+        v11: Some((5, 0, u16::MAX)),
+    };
+    /// `const char* nodeName() const`
+    pub const NODE_NAME: Slot = Slot {
+        class: "nvonnxparser::IParserError",
+        method: "nodeName",
+        v10: Some((6, 0, u16::MAX)),
+        v11: Some((6, 0, u16::MAX)),
+    };
+    /// `const char* nodeOperator() const`
+    pub const NODE_OPERATOR: Slot = Slot {
+        class: "nvonnxparser::IParserError",
+        method: "nodeOperator",
+        v10: Some((7, 0, u16::MAX)),
+        v11: Some((7, 0, u16::MAX)),
+    };
+    /// `const char*const* localFunctionStack() const`
+    pub const LOCAL_FUNCTION_STACK: Slot = Slot {
+        class: "nvonnxparser::IParserError",
+        method: "localFunctionStack",
+        v10: Some((8, 0, u16::MAX)),
+        v11: Some((8, 0, u16::MAX)),
+    };
+    /// `int32_t localFunctionStackSize() const`
+    pub const LOCAL_FUNCTION_STACK_SIZE: Slot = Slot {
+        class: "nvonnxparser::IParserError",
+        method: "localFunctionStackSize",
+        v10: Some((9, 0, u16::MAX)),
+        v11: Some((9, 0, u16::MAX)),
+    };
+    /// `void ~dtor()`
+    pub const DTOR_COMPLETE: Slot = Slot {
+        class: "nvonnxparser::IParserError",
+        method: "~dtor_complete",
+        v10: Some((10, 0, u16::MAX)),
+        v11: Some((10, 0, u16::MAX)),
+    };
+    /// `void ~dtor()`
+    pub const DTOR_DELETING: Slot = Slot {
+        class: "nvonnxparser::IParserError",
+        method: "~dtor_deleting",
+        v10: Some((11, 0, u16::MAX)),
+        v11: Some((11, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Slot] = &[
+        CODE,
+        DESC,
+        FILE,
+        LINE,
+        FUNC,
+        NODE,
+        NODE_NAME,
+        NODE_OPERATOR,
+        LOCAL_FUNCTION_STACK,
+        LOCAL_FUNCTION_STACK_SIZE,
+        DTOR_COMPLETE,
+        DTOR_DELETING,
+    ];
+}
+
+pub mod parser_refitter {
+    use super::Slot;
+
+    /// `bool refitFromBytes(const void* serializedOnnxModel, uint64_t serializedOnnxModelSize, const char* modelPath)`
+    pub const REFIT_FROM_BYTES: Slot = Slot {
+        class: "nvonnxparser::IParserRefitter",
+        method: "refitFromBytes",
+        v10: Some((0, 0, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    /// `bool refitFromFile(const char* onnxModelFile)`
+    pub const REFIT_FROM_FILE: Slot = Slot {
+        class: "nvonnxparser::IParserRefitter",
+        method: "refitFromFile",
+        v10: Some((1, 0, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    /// `int32_t getNbErrors() const`
+    pub const GET_NB_ERRORS: Slot = Slot {
+        class: "nvonnxparser::IParserRefitter",
+        method: "getNbErrors",
+        v10: Some((2, 0, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+    /// `const IParserError* getError(int32_t index) const`
+    pub const GET_ERROR: Slot = Slot {
+        class: "nvonnxparser::IParserRefitter",
+        method: "getError",
+        v10: Some((3, 0, u16::MAX)),
+        v11: Some((3, 0, u16::MAX)),
+    };
+    /// `void clearErrors()`
+    pub const CLEAR_ERRORS: Slot = Slot {
+        class: "nvonnxparser::IParserRefitter",
+        method: "clearErrors",
+        v10: Some((4, 0, u16::MAX)),
+        v11: Some((4, 0, u16::MAX)),
+    };
+    /// `void ~dtor()`
+    pub const DTOR_COMPLETE: Slot = Slot {
+        class: "nvonnxparser::IParserRefitter",
+        method: "~dtor_complete",
+        v10: Some((5, 0, u16::MAX)),
+        v11: Some((5, 0, u16::MAX)),
+    };
+    /// `void ~dtor()`
+    pub const DTOR_DELETING: Slot = Slot {
+        class: "nvonnxparser::IParserRefitter",
+        method: "~dtor_deleting",
+        v10: Some((6, 0, u16::MAX)),
+        v11: Some((6, 0, u16::MAX)),
+    };
+    /// `bool loadModelProto(const void* serializedOnnxModel, uint64_t serializedOnnxModelSize, const char* modelPath)`
+    pub const LOAD_MODEL_PROTO: Slot = Slot {
+        class: "nvonnxparser::IParserRefitter",
+        method: "loadModelProto",
+        v10: Some((7, 13, u16::MAX)),
+        v11: Some((7, 0, u16::MAX)),
+    };
+    /// `bool loadInitializer(const char* name, const void* data, uint64_t size)`
+    pub const LOAD_INITIALIZER: Slot = Slot {
+        class: "nvonnxparser::IParserRefitter",
+        method: "loadInitializer",
+        v10: Some((8, 13, u16::MAX)),
+        v11: Some((8, 0, u16::MAX)),
+    };
+    /// `bool refitModelProto()`
+    pub const REFIT_MODEL_PROTO: Slot = Slot {
+        class: "nvonnxparser::IParserRefitter",
+        method: "refitModelProto",
+        v10: Some((9, 13, u16::MAX)),
+        v11: Some((9, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Slot] = &[
+        REFIT_FROM_BYTES,
+        REFIT_FROM_FILE,
+        GET_NB_ERRORS,
+        GET_ERROR,
+        CLEAR_ERRORS,
+        DTOR_COMPLETE,
+        DTOR_DELETING,
+        LOAD_MODEL_PROTO,
+        LOAD_INITIALIZER,
+        REFIT_MODEL_PROTO,
+    ];
+}
+
 pub mod logger {
     use super::Slot;
 
@@ -1777,6 +3892,248 @@ pub mod debug_listener {
     ];
 }
 
+pub mod progress_monitor {
+    use super::Slot;
+
+    /// What `getInterfaceInfo` answers.
+    pub const KIND: &std::ffi::CStr = c"IProgressMonitor";
+    pub const INTERFACE_MAJOR: i32 = 1;
+    pub const INTERFACE_MINOR: i32 = 0;
+
+    /// `APILanguage getAPILanguage() const`
+    pub const GET_API_LANGUAGE: Slot = Slot {
+        class: "IProgressMonitor",
+        method: "getAPILanguage",
+        v10: Some((0, 0, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    /// `InterfaceInfo getInterfaceInfo() const`
+    pub const GET_INTERFACE_INFO: Slot = Slot {
+        class: "IProgressMonitor",
+        method: "getInterfaceInfo",
+        v10: Some((1, 0, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    /// `void ~dtor()`
+    pub const DTOR_COMPLETE: Slot = Slot {
+        class: "IProgressMonitor",
+        method: "~dtor_complete",
+        v10: Some((2, 0, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+    /// `void ~dtor()`
+    pub const DTOR_DELETING: Slot = Slot {
+        class: "IProgressMonitor",
+        method: "~dtor_deleting",
+        v10: Some((3, 0, u16::MAX)),
+        v11: Some((3, 0, u16::MAX)),
+    };
+    /// `void phaseStart(const char* phaseName, const char* parentPhase, int32_t nbSteps)`
+    pub const PHASE_START: Slot = Slot {
+        class: "IProgressMonitor",
+        method: "phaseStart",
+        v10: Some((4, 0, u16::MAX)),
+        v11: Some((4, 0, u16::MAX)),
+    };
+    /// `bool stepComplete(const char* phaseName, int32_t step)`
+    pub const STEP_COMPLETE: Slot = Slot {
+        class: "IProgressMonitor",
+        method: "stepComplete",
+        v10: Some((5, 0, u16::MAX)),
+        v11: Some((5, 0, u16::MAX)),
+    };
+    /// `void phaseFinish(const char* phaseName)`
+    pub const PHASE_FINISH: Slot = Slot {
+        class: "IProgressMonitor",
+        method: "phaseFinish",
+        v10: Some((6, 0, u16::MAX)),
+        v11: Some((6, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Slot] = &[
+        GET_API_LANGUAGE,
+        GET_INTERFACE_INFO,
+        DTOR_COMPLETE,
+        DTOR_DELETING,
+        PHASE_START,
+        STEP_COMPLETE,
+        PHASE_FINISH,
+    ];
+}
+
+pub mod int8_entropy_calibrator_2 {
+    use super::Slot;
+
+    /// What `getInterfaceInfo` answers.
+    pub const KIND: &std::ffi::CStr = c"IInt8EntropyCalibrator2";
+    pub const INTERFACE_MAJOR: i32 = 1;
+    pub const INTERFACE_MINOR: i32 = 0;
+
+    /// `APILanguage getAPILanguage() const`
+    pub const GET_API_LANGUAGE: Slot = Slot {
+        class: "IInt8EntropyCalibrator2",
+        method: "getAPILanguage",
+        v10: Some((0, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `InterfaceInfo getInterfaceInfo() const`
+    pub const GET_INTERFACE_INFO: Slot = Slot {
+        class: "IInt8EntropyCalibrator2",
+        method: "getInterfaceInfo",
+        v10: Some((1, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `void ~dtor()`
+    pub const DTOR_COMPLETE: Slot = Slot {
+        class: "IInt8EntropyCalibrator2",
+        method: "~dtor_complete",
+        v10: Some((2, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `void ~dtor()`
+    pub const DTOR_DELETING: Slot = Slot {
+        class: "IInt8EntropyCalibrator2",
+        method: "~dtor_deleting",
+        v10: Some((3, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `int32_t getBatchSize() const`
+    pub const GET_BATCH_SIZE: Slot = Slot {
+        class: "IInt8EntropyCalibrator2",
+        method: "getBatchSize",
+        v10: Some((4, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `bool getBatch(void** bindings, const char** names, int32_t nbBindings)`
+    pub const GET_BATCH: Slot = Slot {
+        class: "IInt8EntropyCalibrator2",
+        method: "getBatch",
+        v10: Some((5, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `const void* readCalibrationCache(uint64_t& length)`
+    pub const READ_CALIBRATION_CACHE: Slot = Slot {
+        class: "IInt8EntropyCalibrator2",
+        method: "readCalibrationCache",
+        v10: Some((6, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `void writeCalibrationCache(const void* ptr, uint64_t length)`
+    pub const WRITE_CALIBRATION_CACHE: Slot = Slot {
+        class: "IInt8EntropyCalibrator2",
+        method: "writeCalibrationCache",
+        v10: Some((7, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `CalibrationAlgoType getAlgorithm()`
+    pub const GET_ALGORITHM: Slot = Slot {
+        class: "IInt8EntropyCalibrator2",
+        method: "getAlgorithm",
+        v10: Some((8, 0, u16::MAX)),
+        v11: None,
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Slot] = &[
+        GET_API_LANGUAGE,
+        GET_INTERFACE_INFO,
+        DTOR_COMPLETE,
+        DTOR_DELETING,
+        GET_BATCH_SIZE,
+        GET_BATCH,
+        READ_CALIBRATION_CACHE,
+        WRITE_CALIBRATION_CACHE,
+        GET_ALGORITHM,
+    ];
+}
+
+pub mod int8_min_max_calibrator {
+    use super::Slot;
+
+    /// What `getInterfaceInfo` answers.
+    pub const KIND: &std::ffi::CStr = c"IInt8MinMaxCalibrator";
+    pub const INTERFACE_MAJOR: i32 = 1;
+    pub const INTERFACE_MINOR: i32 = 0;
+
+    /// `APILanguage getAPILanguage() const`
+    pub const GET_API_LANGUAGE: Slot = Slot {
+        class: "IInt8MinMaxCalibrator",
+        method: "getAPILanguage",
+        v10: Some((0, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `InterfaceInfo getInterfaceInfo() const`
+    pub const GET_INTERFACE_INFO: Slot = Slot {
+        class: "IInt8MinMaxCalibrator",
+        method: "getInterfaceInfo",
+        v10: Some((1, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `void ~dtor()`
+    pub const DTOR_COMPLETE: Slot = Slot {
+        class: "IInt8MinMaxCalibrator",
+        method: "~dtor_complete",
+        v10: Some((2, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `void ~dtor()`
+    pub const DTOR_DELETING: Slot = Slot {
+        class: "IInt8MinMaxCalibrator",
+        method: "~dtor_deleting",
+        v10: Some((3, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `int32_t getBatchSize() const`
+    pub const GET_BATCH_SIZE: Slot = Slot {
+        class: "IInt8MinMaxCalibrator",
+        method: "getBatchSize",
+        v10: Some((4, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `bool getBatch(void** bindings, const char** names, int32_t nbBindings)`
+    pub const GET_BATCH: Slot = Slot {
+        class: "IInt8MinMaxCalibrator",
+        method: "getBatch",
+        v10: Some((5, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `const void* readCalibrationCache(uint64_t& length)`
+    pub const READ_CALIBRATION_CACHE: Slot = Slot {
+        class: "IInt8MinMaxCalibrator",
+        method: "readCalibrationCache",
+        v10: Some((6, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `void writeCalibrationCache(const void* ptr, uint64_t length)`
+    pub const WRITE_CALIBRATION_CACHE: Slot = Slot {
+        class: "IInt8MinMaxCalibrator",
+        method: "writeCalibrationCache",
+        v10: Some((7, 0, u16::MAX)),
+        v11: None,
+    };
+    /// `CalibrationAlgoType getAlgorithm()`
+    pub const GET_ALGORITHM: Slot = Slot {
+        class: "IInt8MinMaxCalibrator",
+        method: "getAlgorithm",
+        v10: Some((8, 0, u16::MAX)),
+        v11: None,
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Slot] = &[
+        GET_API_LANGUAGE,
+        GET_INTERFACE_INFO,
+        DTOR_COMPLETE,
+        DTOR_DELETING,
+        GET_BATCH_SIZE,
+        GET_BATCH,
+        READ_CALIBRATION_CACHE,
+        WRITE_CALIBRATION_CACHE,
+        GET_ALGORITHM,
+    ];
+}
+
 pub mod api_language {
     pub const CPP: i32 = 0;
     pub const PYTHON: i32 = 1;
@@ -1837,10 +4194,30 @@ pub mod allocation_strategy {
 }
 
 pub mod hardware_compatibility_level {
-    pub const NONE: i32 = 0;
-    pub const AMPERE_PLUS: i32 = 1;
-    /// Since 10.9.
-    pub const SAME_COMPUTE_CAPABILITY: i32 = 2;
+    use super::Member;
+
+    pub const NONE: Member = Member {
+        name: "NONE",
+        v10: Some((0, 0, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    pub const AMPERE_PLUS: Member = Member {
+        name: "AMPERE_PLUS",
+        v10: Some((1, 0, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    pub const SAME_COMPUTE_CAPABILITY: Member = Member {
+        name: "SAME_COMPUTE_CAPABILITY",
+        v10: Some((2, 9, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Member] = &[
+        NONE,
+        AMPERE_PLUS,
+        SAME_COMPUTE_CAPABILITY,
+    ];
 }
 
 pub mod severity {
@@ -1907,4 +4284,540 @@ pub mod tensor_io_mode {
 pub mod tensor_location {
     pub const DEVICE: i32 = 0;
     pub const HOST: i32 = 1;
+}
+
+pub mod builder_flag {
+    use super::Member;
+
+    pub const FP16: Member = Member {
+        name: "FP16",
+        v10: Some((0, 0, u16::MAX)),
+        v11: None,
+    };
+    pub const INT8: Member = Member {
+        name: "INT8",
+        v10: Some((1, 0, u16::MAX)),
+        v11: None,
+    };
+    pub const DEBUG: Member = Member {
+        name: "DEBUG",
+        v10: Some((2, 0, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+    pub const GPU_FALLBACK: Member = Member {
+        name: "GPU_FALLBACK",
+        v10: Some((3, 0, u16::MAX)),
+        v11: Some((3, 0, u16::MAX)),
+    };
+    pub const REFIT: Member = Member {
+        name: "REFIT",
+        v10: Some((4, 0, u16::MAX)),
+        v11: Some((4, 0, u16::MAX)),
+    };
+    pub const DISABLE_TIMING_CACHE: Member = Member {
+        name: "DISABLE_TIMING_CACHE",
+        v10: Some((5, 0, u16::MAX)),
+        v11: Some((5, 0, u16::MAX)),
+    };
+    pub const TF32: Member = Member {
+        name: "TF32",
+        v10: Some((6, 0, u16::MAX)),
+        v11: Some((6, 0, u16::MAX)),
+    };
+    pub const SPARSE_WEIGHTS: Member = Member {
+        name: "SPARSE_WEIGHTS",
+        v10: Some((7, 0, u16::MAX)),
+        v11: Some((7, 0, u16::MAX)),
+    };
+    pub const SAFETY_SCOPE: Member = Member {
+        name: "SAFETY_SCOPE",
+        v10: Some((8, 0, u16::MAX)),
+        v11: Some((8, 0, u16::MAX)),
+    };
+    pub const OBEY_PRECISION_CONSTRAINTS: Member = Member {
+        name: "OBEY_PRECISION_CONSTRAINTS",
+        v10: Some((9, 0, u16::MAX)),
+        v11: None,
+    };
+    pub const PREFER_PRECISION_CONSTRAINTS: Member = Member {
+        name: "PREFER_PRECISION_CONSTRAINTS",
+        v10: Some((10, 0, u16::MAX)),
+        v11: None,
+    };
+    pub const DIRECT_IO: Member = Member {
+        name: "DIRECT_IO",
+        v10: Some((11, 0, u16::MAX)),
+        v11: Some((11, 0, u16::MAX)),
+    };
+    pub const REJECT_EMPTY_ALGORITHMS: Member = Member {
+        name: "REJECT_EMPTY_ALGORITHMS",
+        v10: Some((12, 0, u16::MAX)),
+        v11: None,
+    };
+    pub const VERSION_COMPATIBLE: Member = Member {
+        name: "VERSION_COMPATIBLE",
+        v10: Some((13, 0, u16::MAX)),
+        v11: Some((12, 0, u16::MAX)),
+    };
+    pub const EXCLUDE_LEAN_RUNTIME: Member = Member {
+        name: "EXCLUDE_LEAN_RUNTIME",
+        v10: Some((14, 0, u16::MAX)),
+        v11: Some((13, 0, u16::MAX)),
+    };
+    pub const FP8: Member = Member {
+        name: "FP8",
+        v10: Some((15, 0, u16::MAX)),
+        v11: None,
+    };
+    pub const ERROR_ON_TIMING_CACHE_MISS: Member = Member {
+        name: "ERROR_ON_TIMING_CACHE_MISS",
+        v10: Some((16, 0, u16::MAX)),
+        v11: Some((15, 0, u16::MAX)),
+    };
+    pub const BF16: Member = Member {
+        name: "BF16",
+        v10: Some((17, 0, u16::MAX)),
+        v11: None,
+    };
+    pub const DISABLE_COMPILATION_CACHE: Member = Member {
+        name: "DISABLE_COMPILATION_CACHE",
+        v10: Some((18, 0, u16::MAX)),
+        v11: Some((17, 0, u16::MAX)),
+    };
+    pub const STRIP_PLAN: Member = Member {
+        name: "STRIP_PLAN",
+        v10: Some((19, 0, u16::MAX)),
+        v11: Some((18, 0, u16::MAX)),
+    };
+    pub const WEIGHTLESS: Member = Member {
+        name: "WEIGHTLESS",
+        v10: Some((19, 0, u16::MAX)),
+        v11: None,
+    };
+    pub const REFIT_IDENTICAL: Member = Member {
+        name: "REFIT_IDENTICAL",
+        v10: Some((20, 0, u16::MAX)),
+        v11: Some((19, 0, u16::MAX)),
+    };
+    pub const WEIGHT_STREAMING: Member = Member {
+        name: "WEIGHT_STREAMING",
+        v10: Some((21, 0, u16::MAX)),
+        v11: Some((20, 0, u16::MAX)),
+    };
+    pub const INT4: Member = Member {
+        name: "INT4",
+        v10: Some((22, 1, u16::MAX)),
+        v11: None,
+    };
+    pub const REFIT_INDIVIDUAL: Member = Member {
+        name: "REFIT_INDIVIDUAL",
+        v10: Some((23, 2, u16::MAX)),
+        v11: Some((22, 0, u16::MAX)),
+    };
+    pub const STRICT_NANS: Member = Member {
+        name: "STRICT_NANS",
+        v10: Some((24, 6, u16::MAX)),
+        v11: Some((23, 0, u16::MAX)),
+    };
+    pub const MONITOR_MEMORY: Member = Member {
+        name: "MONITOR_MEMORY",
+        v10: Some((25, 6, u16::MAX)),
+        v11: Some((24, 0, u16::MAX)),
+    };
+    pub const FP4: Member = Member {
+        name: "FP4",
+        v10: Some((26, 8, u16::MAX)),
+        v11: None,
+    };
+    pub const EDITABLE_TIMING_CACHE: Member = Member {
+        name: "EDITABLE_TIMING_CACHE",
+        v10: Some((27, 8, u16::MAX)),
+        v11: Some((26, 0, u16::MAX)),
+    };
+    pub const DISTRIBUTIVE_INDEPENDENCE: Member = Member {
+        name: "DISTRIBUTIVE_INDEPENDENCE",
+        v10: Some((28, 12, u16::MAX)),
+        v11: Some((27, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Member] = &[
+        FP16,
+        INT8,
+        DEBUG,
+        GPU_FALLBACK,
+        REFIT,
+        DISABLE_TIMING_CACHE,
+        TF32,
+        SPARSE_WEIGHTS,
+        SAFETY_SCOPE,
+        OBEY_PRECISION_CONSTRAINTS,
+        PREFER_PRECISION_CONSTRAINTS,
+        DIRECT_IO,
+        REJECT_EMPTY_ALGORITHMS,
+        VERSION_COMPATIBLE,
+        EXCLUDE_LEAN_RUNTIME,
+        FP8,
+        ERROR_ON_TIMING_CACHE_MISS,
+        BF16,
+        DISABLE_COMPILATION_CACHE,
+        STRIP_PLAN,
+        WEIGHTLESS,
+        REFIT_IDENTICAL,
+        WEIGHT_STREAMING,
+        INT4,
+        REFIT_INDIVIDUAL,
+        STRICT_NANS,
+        MONITOR_MEMORY,
+        FP4,
+        EDITABLE_TIMING_CACHE,
+        DISTRIBUTIVE_INDEPENDENCE,
+    ];
+}
+
+pub mod calibration_algo_type {
+    pub const LEGACY_CALIBRATION: i32 = 0;
+    pub const ENTROPY_CALIBRATION: i32 = 1;
+    pub const ENTROPY_CALIBRATION_2: i32 = 2;
+    pub const MINMAX_CALIBRATION: i32 = 3;
+}
+
+pub mod layer_type {
+    pub const CONVOLUTION: i32 = 0;
+    pub const ACTIVATION: i32 = 2;
+    pub const POOLING: i32 = 3;
+    pub const LRN: i32 = 4;
+    pub const SCALE: i32 = 5;
+    pub const SOFTMAX: i32 = 6;
+    pub const DECONVOLUTION: i32 = 7;
+    pub const CONCATENATION: i32 = 8;
+    pub const ELEMENTWISE: i32 = 9;
+    pub const PLUGIN: i32 = 10;
+    pub const UNARY: i32 = 11;
+    pub const PADDING: i32 = 12;
+    pub const SHUFFLE: i32 = 13;
+    pub const REDUCE: i32 = 14;
+    pub const TOPK: i32 = 15;
+    pub const GATHER: i32 = 16;
+    pub const MATRIX_MULTIPLY: i32 = 17;
+    pub const RAGGED_SOFTMAX: i32 = 18;
+    pub const CONSTANT: i32 = 19;
+    pub const IDENTITY: i32 = 20;
+    pub const PLUGIN_V2: i32 = 21;
+    pub const SLICE: i32 = 22;
+    pub const SHAPE: i32 = 23;
+    pub const PARAMETRIC_RELU: i32 = 24;
+    pub const RESIZE: i32 = 25;
+    pub const TRIP_LIMIT: i32 = 26;
+    pub const RECURRENCE: i32 = 27;
+    pub const ITERATOR: i32 = 28;
+    pub const LOOP_OUTPUT: i32 = 29;
+    pub const SELECT: i32 = 30;
+    pub const FILL: i32 = 31;
+    pub const QUANTIZE: i32 = 32;
+    pub const DEQUANTIZE: i32 = 33;
+    pub const CONDITION: i32 = 34;
+    pub const CONDITIONAL_INPUT: i32 = 35;
+    pub const CONDITIONAL_OUTPUT: i32 = 36;
+    pub const SCATTER: i32 = 37;
+    pub const EINSUM: i32 = 38;
+    pub const ASSERTION: i32 = 39;
+    pub const ONE_HOT: i32 = 40;
+    pub const NON_ZERO: i32 = 41;
+    pub const GRID_SAMPLE: i32 = 42;
+    pub const NMS: i32 = 43;
+    pub const REVERSE_SEQUENCE: i32 = 44;
+    pub const NORMALIZATION: i32 = 45;
+    pub const CAST: i32 = 1;
+    pub const PLUGIN_V3: i32 = 46;
+    /// Since 10.7.
+    pub const SQUEEZE: i32 = 47;
+    /// Since 10.7.
+    pub const UNSQUEEZE: i32 = 48;
+    /// Since 10.8.
+    pub const CUMULATIVE: i32 = 49;
+    /// Since 10.8.
+    pub const DYNAMIC_QUANTIZE: i32 = 50;
+    /// Since 10.14.
+    pub const ATTENTION_INPUT: i32 = 51;
+    /// Since 10.14.
+    pub const ATTENTION_OUTPUT: i32 = 52;
+    /// Since 10.15.
+    pub const ROTARY_EMBEDDING: i32 = 53;
+    /// Since 10.15.
+    pub const KVCACHE_UPDATE: i32 = 54;
+    /// Since 10.16.
+    pub const MOE: i32 = 55;
+    /// Since 10.16.
+    pub const DIST_COLLECTIVE: i32 = 56;
+}
+
+pub mod memory_pool_type {
+    use super::Member;
+
+    pub const WORKSPACE: Member = Member {
+        name: "WORKSPACE",
+        v10: Some((0, 0, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    pub const DLA_MANAGED_SRAM: Member = Member {
+        name: "DLA_MANAGED_SRAM",
+        v10: Some((1, 0, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    pub const DLA_LOCAL_DRAM: Member = Member {
+        name: "DLA_LOCAL_DRAM",
+        v10: Some((2, 0, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+    pub const DLA_GLOBAL_DRAM: Member = Member {
+        name: "DLA_GLOBAL_DRAM",
+        v10: Some((3, 0, u16::MAX)),
+        v11: Some((3, 0, u16::MAX)),
+    };
+    pub const TACTIC_DRAM: Member = Member {
+        name: "TACTIC_DRAM",
+        v10: Some((4, 0, u16::MAX)),
+        v11: Some((4, 0, u16::MAX)),
+    };
+    pub const TACTIC_SHARED_MEMORY: Member = Member {
+        name: "TACTIC_SHARED_MEMORY",
+        v10: Some((5, 0, u16::MAX)),
+        v11: Some((5, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Member] = &[
+        WORKSPACE,
+        DLA_MANAGED_SRAM,
+        DLA_LOCAL_DRAM,
+        DLA_GLOBAL_DRAM,
+        TACTIC_DRAM,
+        TACTIC_SHARED_MEMORY,
+    ];
+}
+
+pub mod network_definition_creation_flag {
+    use super::Member;
+
+    pub const EXPLICIT_BATCH: Member = Member {
+        name: "EXPLICIT_BATCH",
+        v10: Some((0, 0, u16::MAX)),
+        v11: None,
+    };
+    pub const STRONGLY_TYPED: Member = Member {
+        name: "STRONGLY_TYPED",
+        v10: Some((1, 0, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    pub const PREFER_JIT_PYTHON_PLUGINS: Member = Member {
+        name: "PREFER_JIT_PYTHON_PLUGINS",
+        v10: Some((2, 9, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    pub const PREFER_AOT_PYTHON_PLUGINS: Member = Member {
+        name: "PREFER_AOT_PYTHON_PLUGINS",
+        v10: Some((3, 9, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Member] = &[
+        EXPLICIT_BATCH,
+        STRONGLY_TYPED,
+        PREFER_JIT_PYTHON_PLUGINS,
+        PREFER_AOT_PYTHON_PLUGINS,
+    ];
+}
+
+pub mod preview_feature {
+    use super::Member;
+
+    pub const PROFILE_SHARING_0806: Member = Member {
+        name: "PROFILE_SHARING_0806",
+        v10: Some((0, 0, u16::MAX)),
+        v11: None,
+    };
+    pub const ALIASED_PLUGIN_IO_10_03: Member = Member {
+        name: "ALIASED_PLUGIN_IO_10_03",
+        v10: Some((1, 3, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    pub const RUNTIME_ACTIVATION_RESIZE_10_10: Member = Member {
+        name: "RUNTIME_ACTIVATION_RESIZE_10_10",
+        v10: Some((2, 10, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    pub const MULTIDEVICE_RUNTIME_10_16: Member = Member {
+        name: "MULTIDEVICE_RUNTIME_10_16",
+        v10: Some((3, 16, u16::MAX)),
+        v11: None,
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Member] = &[
+        PROFILE_SHARING_0806,
+        ALIASED_PLUGIN_IO_10_03,
+        RUNTIME_ACTIVATION_RESIZE_10_10,
+        MULTIDEVICE_RUNTIME_10_16,
+    ];
+}
+
+pub mod runtime_platform {
+    use super::Member;
+
+    pub const SAME_AS_BUILD: Member = Member {
+        name: "SAME_AS_BUILD",
+        v10: Some((0, 2, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    pub const WINDOWS_AMD64: Member = Member {
+        name: "WINDOWS_AMD64",
+        v10: Some((1, 2, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Member] = &[
+        SAME_AS_BUILD,
+        WINDOWS_AMD64,
+    ];
+}
+
+pub mod tactic_source {
+    use super::Member;
+
+    pub const CUBLAS: Member = Member {
+        name: "CUBLAS",
+        v10: Some((0, 0, u16::MAX)),
+        v11: None,
+    };
+    pub const CUBLAS_LT: Member = Member {
+        name: "CUBLAS_LT",
+        v10: Some((1, 0, u16::MAX)),
+        v11: None,
+    };
+    pub const CUDNN: Member = Member {
+        name: "CUDNN",
+        v10: Some((2, 0, u16::MAX)),
+        v11: None,
+    };
+    pub const EDGE_MASK_CONVOLUTIONS: Member = Member {
+        name: "EDGE_MASK_CONVOLUTIONS",
+        v10: Some((3, 0, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    pub const JIT_CONVOLUTIONS: Member = Member {
+        name: "JIT_CONVOLUTIONS",
+        v10: Some((4, 0, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Member] = &[
+        CUBLAS,
+        CUBLAS_LT,
+        CUDNN,
+        EDGE_MASK_CONVOLUTIONS,
+        JIT_CONVOLUTIONS,
+    ];
+}
+
+pub mod tiling_optimization_level {
+    use super::Member;
+
+    pub const NONE: Member = Member {
+        name: "NONE",
+        v10: Some((0, 8, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    pub const FAST: Member = Member {
+        name: "FAST",
+        v10: Some((1, 8, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    pub const MODERATE: Member = Member {
+        name: "MODERATE",
+        v10: Some((2, 8, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+    pub const FULL: Member = Member {
+        name: "FULL",
+        v10: Some((3, 8, u16::MAX)),
+        v11: Some((3, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Member] = &[
+        NONE,
+        FAST,
+        MODERATE,
+        FULL,
+    ];
+}
+
+pub mod parser_error_code {
+    pub const SUCCESS: i32 = 0;
+    pub const INTERNAL_ERROR: i32 = 1;
+    pub const MEM_ALLOC_FAILED: i32 = 2;
+    pub const MODEL_DESERIALIZE_FAILED: i32 = 3;
+    pub const INVALID_VALUE: i32 = 4;
+    pub const INVALID_GRAPH: i32 = 5;
+    pub const INVALID_NODE: i32 = 6;
+    pub const UNSUPPORTED_GRAPH: i32 = 7;
+    pub const UNSUPPORTED_NODE: i32 = 8;
+    pub const UNSUPPORTED_NODE_ATTR: i32 = 9;
+    pub const UNSUPPORTED_NODE_INPUT: i32 = 10;
+    pub const UNSUPPORTED_NODE_DATATYPE: i32 = 11;
+    pub const UNSUPPORTED_NODE_DYNAMIC: i32 = 12;
+    pub const UNSUPPORTED_NODE_SHAPE: i32 = 13;
+    pub const REFIT_FAILED: i32 = 14;
+}
+
+pub mod parser_flag {
+    use super::Member;
+
+    pub const NATIVE_INSTANCENORM: Member = Member {
+        name: "NATIVE_INSTANCENORM",
+        v10: Some((0, 0, u16::MAX)),
+        v11: Some((0, 0, u16::MAX)),
+    };
+    pub const ENABLE_UINT8_AND_ASYMMETRIC_QUANTIZATION_DLA: Member = Member {
+        name: "ENABLE_UINT8_AND_ASYMMETRIC_QUANTIZATION_DLA",
+        v10: Some((1, 11, u16::MAX)),
+        v11: Some((1, 0, u16::MAX)),
+    };
+    pub const REPORT_CAPABILITY_DLA: Member = Member {
+        name: "REPORT_CAPABILITY_DLA",
+        v10: Some((2, 15, u16::MAX)),
+        v11: Some((2, 0, u16::MAX)),
+    };
+    pub const ENABLE_PLUGIN_OVERRIDE: Member = Member {
+        name: "ENABLE_PLUGIN_OVERRIDE",
+        v10: Some((3, 15, u16::MAX)),
+        v11: Some((3, 0, u16::MAX)),
+    };
+    pub const ADJUST_FOR_DLA: Member = Member {
+        name: "ADJUST_FOR_DLA",
+        v10: Some((4, 16, u16::MAX)),
+        v11: Some((4, 0, u16::MAX)),
+    };
+
+    #[rustfmt::skip]
+    pub const ALL: &[Member] = &[
+        NATIVE_INSTANCENORM,
+        ENABLE_UINT8_AND_ASYMMETRIC_QUANTIZATION_DLA,
+        REPORT_CAPABILITY_DLA,
+        ENABLE_PLUGIN_OVERRIDE,
+        ADJUST_FOR_DLA,
+    ];
+}
+
+pub mod quantization_flag {
+    pub const CALIBRATE_BEFORE_FUSION: i32 = 0;
+}
+
+pub mod device_type {
+    pub const GPU: i32 = 0;
+    pub const DLA: i32 = 1;
 }
