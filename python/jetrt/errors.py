@@ -12,6 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    "BuildCrashError",
+    "BuildOptionError",
     "CalibrationCacheError",
     "ClosedEngineError",
     "ContextTimeoutError",
@@ -28,8 +30,12 @@ __all__ = [
     "JetrtError",
     "LayoutError",
     "LibraryNotFoundError",
+    "ManifestError",
+    "ModelError",
     "OutOfMemoryError",
+    "ParityError",
     "PlanError",
+    "PrecisionError",
     "RuntimeNotAvailableError",
     "ShapeError",
     "TelemetryUnavailableError",
@@ -94,11 +100,61 @@ class PlanError(EngineDeserializeError):
     allowed: str | None = None
 
 
+class ManifestError(PlanError):
+    """The manifest beside a plan is damaged, belongs to another file, or names another machine."""
+
+    #: (field, in the manifest, here) for each difference.
+    differences: list[tuple[str, Any, Any]] | None = None
+    #: The command that makes a right plan on this machine.
+    command: str | None = None
+
+
 class EngineBuildError(JetrtError):
     """A plan could not be made from the model."""
 
     path: str | None = None
     log: list[str] | None = None
+
+
+class BuildOptionError(EngineBuildError, ValueError):
+    """What was asked for contradicts itself, or this TensorRT or GPU does not have it. Nothing was started."""
+
+    option: str | None = None
+    found: Any = None
+    allowed: Any = None
+
+
+class ModelError(EngineBuildError):
+    """The ONNX model is damaged or incomplete, or the parser refused it."""
+
+    #: One dict for each complaint of the parser: node (index), name, operator, code, reason.
+    problems: list[dict[str, Any]] | None = None
+
+
+class BuildCrashError(EngineBuildError):
+    """The process that built (or tried) the plan died: crash, out of memory, killed, timeout, or stopped by the user."""
+
+    #: "crash", "out of memory", "killed", "timeout" or "interrupted".
+    how: str | None = None
+    #: The signal that ended it, where one did.
+    signal: int | None = None
+    #: Phase of the build that it was in.
+    phase: str | None = None
+    seconds: float | None = None
+
+
+class PrecisionError(EngineBuildError):
+    """Less of the plan runs in the precision that was asked for than ``require_precision`` allows."""
+
+    found: Any = None
+    allowed: Any = None
+
+
+class ParityError(EngineBuildError):
+    """The plan's outputs differ from the reference by more than the thresholds allow, or could not be compared."""
+
+    #: One dict for each comparison that failed.
+    failures: list[dict[str, Any]] | None = None
 
 
 class CalibrationCacheError(JetrtError):
