@@ -231,6 +231,10 @@ def enum_module(enum: str, members: list[dict[str, str]]) -> list[str]:
         if since > (10, 0):
             body.append(f"/// Since {since[0]}.{since[1]}.")
         body.append(f"pub const {snake(row['member'].removeprefix('k')).upper()}: i32 = {values.pop()};")
+    names = [row["member"].removeprefix("k") for row in members]
+    body += ["", "/// Names and values.", "#[rustfmt::skip]", "pub const ALL: &[(&str, i32)] = &["]
+    body += [f'    ("{name}", {snake(name).upper()}),' for name in names]
+    body += ["];"]
     return module(ENUM_MODULES.get(enum, snake(enum)), body)
 
 

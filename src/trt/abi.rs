@@ -4137,10 +4137,23 @@ pub mod int8_min_max_calibrator {
 pub mod api_language {
     pub const CPP: i32 = 0;
     pub const PYTHON: i32 = 1;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("CPP", CPP),
+        ("PYTHON", PYTHON),
+    ];
 }
 
 pub mod allocator_flag {
     pub const RESIZABLE: i32 = 0;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("RESIZABLE", RESIZABLE),
+    ];
 }
 
 pub mod data_type {
@@ -4158,12 +4171,37 @@ pub mod data_type {
     pub const FP4: i32 = 10;
     /// Since 10.12.
     pub const E8M0: i32 = 11;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("FLOAT", FLOAT),
+        ("HALF", HALF),
+        ("INT8", INT8),
+        ("INT32", INT32),
+        ("BOOL", BOOL),
+        ("UINT8", UINT8),
+        ("FP8", FP8),
+        ("BF16", BF16),
+        ("INT64", INT64),
+        ("INT4", INT4),
+        ("FP4", FP4),
+        ("E8M0", E8M0),
+    ];
 }
 
 pub mod engine_capability {
     pub const STANDARD: i32 = 0;
     pub const SAFETY: i32 = 1;
     pub const DLA_STANDALONE: i32 = 2;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("STANDARD", STANDARD),
+        ("SAFETY", SAFETY),
+        ("DLA_STANDALONE", DLA_STANDALONE),
+    ];
 }
 
 pub mod engine_stat {
@@ -4171,6 +4209,13 @@ pub mod engine_stat {
     pub const TOTAL_WEIGHTS_SIZE: i32 = 0;
     /// Since 10.14.
     pub const STRIPPED_WEIGHTS_SIZE: i32 = 1;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("TOTAL_WEIGHTS_SIZE", TOTAL_WEIGHTS_SIZE),
+        ("STRIPPED_WEIGHTS_SIZE", STRIPPED_WEIGHTS_SIZE),
+    ];
 }
 
 pub mod error_code {
@@ -4185,12 +4230,36 @@ pub mod error_code {
     pub const FAILED_COMPUTATION: i32 = 8;
     pub const INVALID_STATE: i32 = 9;
     pub const UNSUPPORTED_STATE: i32 = 10;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("SUCCESS", SUCCESS),
+        ("UNSPECIFIED_ERROR", UNSPECIFIED_ERROR),
+        ("INTERNAL_ERROR", INTERNAL_ERROR),
+        ("INVALID_ARGUMENT", INVALID_ARGUMENT),
+        ("INVALID_CONFIG", INVALID_CONFIG),
+        ("FAILED_ALLOCATION", FAILED_ALLOCATION),
+        ("FAILED_INITIALIZATION", FAILED_INITIALIZATION),
+        ("FAILED_EXECUTION", FAILED_EXECUTION),
+        ("FAILED_COMPUTATION", FAILED_COMPUTATION),
+        ("INVALID_STATE", INVALID_STATE),
+        ("UNSUPPORTED_STATE", UNSUPPORTED_STATE),
+    ];
 }
 
 pub mod allocation_strategy {
     pub const STATIC: i32 = 0;
     pub const ON_PROFILE_CHANGE: i32 = 1;
     pub const USER_MANAGED: i32 = 2;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("STATIC", STATIC),
+        ("ON_PROFILE_CHANGE", ON_PROFILE_CHANGE),
+        ("USER_MANAGED", USER_MANAGED),
+    ];
 }
 
 pub mod hardware_compatibility_level {
@@ -4226,23 +4295,56 @@ pub mod severity {
     pub const WARNING: i32 = 2;
     pub const INFO: i32 = 3;
     pub const VERBOSE: i32 = 4;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("INTERNAL_ERROR", INTERNAL_ERROR),
+        ("ERROR", ERROR),
+        ("WARNING", WARNING),
+        ("INFO", INFO),
+        ("VERBOSE", VERBOSE),
+    ];
 }
 
 pub mod layer_information_format {
     pub const ONELINE: i32 = 0;
     pub const JSON: i32 = 1;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("ONELINE", ONELINE),
+        ("JSON", JSON),
+    ];
 }
 
 pub mod opt_profile_selector {
     pub const MIN: i32 = 0;
     pub const OPT: i32 = 1;
     pub const MAX: i32 = 2;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("MIN", MIN),
+        ("OPT", OPT),
+        ("MAX", MAX),
+    ];
 }
 
 pub mod profiling_verbosity {
     pub const LAYER_NAMES_ONLY: i32 = 0;
     pub const NONE: i32 = 1;
     pub const DETAILED: i32 = 2;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("LAYER_NAMES_ONLY", LAYER_NAMES_ONLY),
+        ("NONE", NONE),
+        ("DETAILED", DETAILED),
+    ];
 }
 
 pub mod seek_position {
@@ -4252,11 +4354,26 @@ pub mod seek_position {
     pub const CUR: i32 = 1;
     /// Since 10.7.
     pub const END: i32 = 2;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("SET", SET),
+        ("CUR", CUR),
+        ("END", END),
+    ];
 }
 
 pub mod tempfile_control_flag {
     pub const ALLOW_IN_MEMORY_FILES: i32 = 0;
     pub const ALLOW_TEMPORARY_FILES: i32 = 1;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("ALLOW_IN_MEMORY_FILES", ALLOW_IN_MEMORY_FILES),
+        ("ALLOW_TEMPORARY_FILES", ALLOW_TEMPORARY_FILES),
+    ];
 }
 
 pub mod tensor_format {
@@ -4273,17 +4390,50 @@ pub mod tensor_format {
     pub const DLA_HWC4: i32 = 10;
     pub const HWC16: i32 = 11;
     pub const DHWC: i32 = 12;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("LINEAR", LINEAR),
+        ("CHW2", CHW2),
+        ("HWC8", HWC8),
+        ("CHW4", CHW4),
+        ("CHW16", CHW16),
+        ("CHW32", CHW32),
+        ("DHWC8", DHWC8),
+        ("CDHW32", CDHW32),
+        ("HWC", HWC),
+        ("DLA_LINEAR", DLA_LINEAR),
+        ("DLA_HWC4", DLA_HWC4),
+        ("HWC16", HWC16),
+        ("DHWC", DHWC),
+    ];
 }
 
 pub mod tensor_io_mode {
     pub const NONE: i32 = 0;
     pub const INPUT: i32 = 1;
     pub const OUTPUT: i32 = 2;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("NONE", NONE),
+        ("INPUT", INPUT),
+        ("OUTPUT", OUTPUT),
+    ];
 }
 
 pub mod tensor_location {
     pub const DEVICE: i32 = 0;
     pub const HOST: i32 = 1;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("DEVICE", DEVICE),
+        ("HOST", HOST),
+    ];
 }
 
 pub mod builder_flag {
@@ -4480,6 +4630,15 @@ pub mod calibration_algo_type {
     pub const ENTROPY_CALIBRATION: i32 = 1;
     pub const ENTROPY_CALIBRATION_2: i32 = 2;
     pub const MINMAX_CALIBRATION: i32 = 3;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("LEGACY_CALIBRATION", LEGACY_CALIBRATION),
+        ("ENTROPY_CALIBRATION", ENTROPY_CALIBRATION),
+        ("ENTROPY_CALIBRATION_2", ENTROPY_CALIBRATION_2),
+        ("MINMAX_CALIBRATION", MINMAX_CALIBRATION),
+    ];
 }
 
 pub mod layer_type {
@@ -4550,6 +4709,68 @@ pub mod layer_type {
     pub const MOE: i32 = 55;
     /// Since 10.16.
     pub const DIST_COLLECTIVE: i32 = 56;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("CONVOLUTION", CONVOLUTION),
+        ("ACTIVATION", ACTIVATION),
+        ("POOLING", POOLING),
+        ("LRN", LRN),
+        ("SCALE", SCALE),
+        ("SOFTMAX", SOFTMAX),
+        ("DECONVOLUTION", DECONVOLUTION),
+        ("CONCATENATION", CONCATENATION),
+        ("ELEMENTWISE", ELEMENTWISE),
+        ("PLUGIN", PLUGIN),
+        ("UNARY", UNARY),
+        ("PADDING", PADDING),
+        ("SHUFFLE", SHUFFLE),
+        ("REDUCE", REDUCE),
+        ("TOPK", TOPK),
+        ("GATHER", GATHER),
+        ("MATRIX_MULTIPLY", MATRIX_MULTIPLY),
+        ("RAGGED_SOFTMAX", RAGGED_SOFTMAX),
+        ("CONSTANT", CONSTANT),
+        ("IDENTITY", IDENTITY),
+        ("PLUGIN_V2", PLUGIN_V2),
+        ("SLICE", SLICE),
+        ("SHAPE", SHAPE),
+        ("PARAMETRIC_RELU", PARAMETRIC_RELU),
+        ("RESIZE", RESIZE),
+        ("TRIP_LIMIT", TRIP_LIMIT),
+        ("RECURRENCE", RECURRENCE),
+        ("ITERATOR", ITERATOR),
+        ("LOOP_OUTPUT", LOOP_OUTPUT),
+        ("SELECT", SELECT),
+        ("FILL", FILL),
+        ("QUANTIZE", QUANTIZE),
+        ("DEQUANTIZE", DEQUANTIZE),
+        ("CONDITION", CONDITION),
+        ("CONDITIONAL_INPUT", CONDITIONAL_INPUT),
+        ("CONDITIONAL_OUTPUT", CONDITIONAL_OUTPUT),
+        ("SCATTER", SCATTER),
+        ("EINSUM", EINSUM),
+        ("ASSERTION", ASSERTION),
+        ("ONE_HOT", ONE_HOT),
+        ("NON_ZERO", NON_ZERO),
+        ("GRID_SAMPLE", GRID_SAMPLE),
+        ("NMS", NMS),
+        ("REVERSE_SEQUENCE", REVERSE_SEQUENCE),
+        ("NORMALIZATION", NORMALIZATION),
+        ("CAST", CAST),
+        ("PLUGIN_V3", PLUGIN_V3),
+        ("SQUEEZE", SQUEEZE),
+        ("UNSQUEEZE", UNSQUEEZE),
+        ("CUMULATIVE", CUMULATIVE),
+        ("DYNAMIC_QUANTIZE", DYNAMIC_QUANTIZE),
+        ("ATTENTION_INPUT", ATTENTION_INPUT),
+        ("ATTENTION_OUTPUT", ATTENTION_OUTPUT),
+        ("ROTARY_EMBEDDING", ROTARY_EMBEDDING),
+        ("KVCACHE_UPDATE", KVCACHE_UPDATE),
+        ("MOE", MOE),
+        ("DIST_COLLECTIVE", DIST_COLLECTIVE),
+    ];
 }
 
 pub mod memory_pool_type {
@@ -4772,6 +4993,26 @@ pub mod parser_error_code {
     pub const UNSUPPORTED_NODE_DYNAMIC: i32 = 12;
     pub const UNSUPPORTED_NODE_SHAPE: i32 = 13;
     pub const REFIT_FAILED: i32 = 14;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("SUCCESS", SUCCESS),
+        ("INTERNAL_ERROR", INTERNAL_ERROR),
+        ("MEM_ALLOC_FAILED", MEM_ALLOC_FAILED),
+        ("MODEL_DESERIALIZE_FAILED", MODEL_DESERIALIZE_FAILED),
+        ("INVALID_VALUE", INVALID_VALUE),
+        ("INVALID_GRAPH", INVALID_GRAPH),
+        ("INVALID_NODE", INVALID_NODE),
+        ("UNSUPPORTED_GRAPH", UNSUPPORTED_GRAPH),
+        ("UNSUPPORTED_NODE", UNSUPPORTED_NODE),
+        ("UNSUPPORTED_NODE_ATTR", UNSUPPORTED_NODE_ATTR),
+        ("UNSUPPORTED_NODE_INPUT", UNSUPPORTED_NODE_INPUT),
+        ("UNSUPPORTED_NODE_DATATYPE", UNSUPPORTED_NODE_DATATYPE),
+        ("UNSUPPORTED_NODE_DYNAMIC", UNSUPPORTED_NODE_DYNAMIC),
+        ("UNSUPPORTED_NODE_SHAPE", UNSUPPORTED_NODE_SHAPE),
+        ("REFIT_FAILED", REFIT_FAILED),
+    ];
 }
 
 pub mod parser_flag {
@@ -4815,9 +5056,22 @@ pub mod parser_flag {
 
 pub mod quantization_flag {
     pub const CALIBRATE_BEFORE_FUSION: i32 = 0;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("CALIBRATE_BEFORE_FUSION", CALIBRATE_BEFORE_FUSION),
+    ];
 }
 
 pub mod device_type {
     pub const GPU: i32 = 0;
     pub const DLA: i32 = 1;
+
+    /// Names and values.
+    #[rustfmt::skip]
+    pub const ALL: &[(&str, i32)] = &[
+        ("GPU", GPU),
+        ("DLA", DLA),
+    ];
 }

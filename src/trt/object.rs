@@ -36,22 +36,22 @@ impl RawDims {
     }
 }
 
-/// The public pointer of an object that TensorRT made; destroyed on drop.
-#[derive(Debug)]
-pub struct Object(NonNull<c_void>);
+/// The public pointer of an object that TensorRT made and something else owns.
+#[derive(Clone, Copy, Debug)]
+pub struct Handle(NonNull<c_void>);
 
 // SAFETY: the pointer may move between threads; which calls may run at once is the owner's business (see Engine, Context).
-unsafe impl Send for Object {}
+unsafe impl Send for Handle {}
 // SAFETY: as above.
-unsafe impl Sync for Object {}
+unsafe impl Sync for Handle {}
 
-impl Object {
+impl Handle {
     /// `None` for null and for the small non-null pointers that some factories return on failure (abi facts §9: 0x238).
-    pub fn new(p: *mut c_void) -> Option<Object> {
+    pub fn new(p: *mut c_void) -> Option<Handle> {
         if (p as usize) < 4096 {
             return None;
         }
-        NonNull::new(p).map(Object)
+        NonNull::new(p).map(Handle)
     }
 
     pub fn public(&self) -> *mut c_void {
@@ -69,14 +69,46 @@ impl Object {
     ///
     /// SAFETY: `F` must be the `extern "C"` signature of that method with a leading `this`.
     pub unsafe fn method<F: Copy>(&self, lib: &Library, slot: &Slot) -> Result<F> {
-        const { assert!(std::mem::size_of::<F>() == std::mem::size_of::<*const ()>()) };
-        let index = lib.slot(slot)?;
-        // SAFETY: the implementation begins with its vptr, and the table has this slot in this version; the caller vouches
-        // for the signature.
-        unsafe {
-            let vtable = *self.implementation().cast::<*const *const c_void>();
-            Ok(std::mem::transmute_copy(&*vtable.add(index)))
-        }
+        // SAFETY: the implementation begins with its vptr; the rest is the caller's.
+        unsafe { in_table(self.implementation(), lib, slot) }
+    }
+
+    /// As `method`, for the classes without an implementation behind them (the ONNX parser's): the object's own vtable.
+    ///
+    /// SAFETY: as for `method`.
+    pub unsafe fn own_method<F: Copy>(&self, lib: &Library, slot: &Slot) -> Result<F> {
+        // SAFETY: the object begins with its vptr; the rest is the caller's.
+        unsafe { in_table(self.public(), lib, slot) }
+    }
+}
+
+/// SAFETY: `object` must begin with the vptr of the slot's class, and `F` be the method's signature.
+unsafe fn in_table<F: Copy>(object: *mut c_void, lib: &Library, slot: &Slot) -> Result<F> {
+    const { assert!(std::mem::size_of::<F>() == std::mem::size_of::<*const ()>()) };
+    let index = lib.slot(slot)?;
+    // SAFETY: the caller's; the table has this slot in this version.
+    unsafe {
+        let vtable = *object.cast::<*const *const c_void>();
+        Ok(std::mem::transmute_copy(&*vtable.add(index)))
+    }
+}
+
+/// An object that TensorRT made and we own; destroyed on drop.
+#[derive(Debug)]
+pub struct Object(Handle);
+
+impl Object {
+    pub fn new(p: *mut c_void) -> Option<Object> {
+        Handle::new(p).map(Object)
+    }
+}
+
+impl std::ops::Deref for Object {
+    type Target = Handle;
+
+    #[inline]
+    fn deref(&self) -> &Handle {
+        &self.0
     }
 }
 
@@ -84,8 +116,8 @@ impl Drop for Object {
     fn drop(&mut self) {
         // SAFETY: slot 1 of the public vtable is the deleting destructor in every version; owned, so called once.
         unsafe {
-            let vtable = *self.0.as_ptr().cast::<*const unsafe extern "C" fn(*mut c_void)>();
-            (*vtable.add(DELETING_DESTRUCTOR))(self.0.as_ptr());
+            let vtable = *self.public().cast::<*const unsafe extern "C" fn(*mut c_void)>();
+            (*vtable.add(DELETING_DESTRUCTOR))(self.public());
         }
     }
 }
@@ -99,6 +131,16 @@ macro_rules! call {
     };
 }
 pub(super) use call;
+
+/// The same for objects without an implementation behind them.
+macro_rules! own_call {
+    ($lib:expr, $object:expr, $slot:expr, fn($($t:ty),*) -> $r:ty $(, $v:expr)* $(,)?) => {
+        $object
+            .own_method::<unsafe extern "C" fn(*mut ::std::ffi::c_void $(, $t)*) -> $r>($lib, &$slot)
+            .map(|f| f($object.public() $(, $v)*))
+    };
+}
+pub(super) use own_call;
 
 /// What `IVersionedInterface::getInterfaceInfo` returns.
 #[repr(C)]
