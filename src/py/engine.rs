@@ -2,6 +2,7 @@
 
 use super::call::{called, locked, Arguments, Held, Keywords, Read};
 use super::convert::{metadata, one_of, ordinal, pip_folders, seconds, shape};
+use super::info::machine;
 use super::logging::drain;
 use super::tables::{DeviceMemory, TensorInfo};
 use super::tensor::Tensor;
@@ -15,12 +16,12 @@ use crate::exec::{
 use crate::shape::Dims;
 use crate::tensor::OwnedTensor;
 use crate::trt::plan::PlanFile;
-use crate::trt::{library, LoadReport, Loading};
+use crate::trt::{library, LayerTime, Library, LoadReport, Loading};
 use pyo3::exceptions::{PyKeyError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyMapping, PySequence, PyString};
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -51,7 +52,7 @@ fn close_all(py: Python<'_>) {
     });
 }
 
-const DOC: &std::ffi::CStr = c"Engine(path, *, device=0, graphs='auto', outputs='pooled', on_strided='error', on_dtype='error', host='auto', profile='auto', max_contexts=1, timeout=None, plugins=(), allow_host_code=False, verify='auto', warmup=2, graph_bytes=268435456, device_memory=None)
+const DOC: &std::ffi::CStr = c"Engine(path, *, device=0, graphs='auto', outputs='pooled', on_strided='error', on_dtype='error', host='auto', profile='auto', max_contexts=1, timeout=None, plugins=(), allow_host_code=False, verify='auto', warmup=2, graph_bytes=268435456, device_memory=None, refit=None, weight_streaming_budget=None)
 --
 
 A TensorRT engine, loaded from a plan file and ready to be called.
@@ -81,10 +82,13 @@ Options of the constructor:
   timeout          seconds that a caller waits for a free context; None: for ever
   plugins          plugin libraries to load, besides libnvinfer_plugin beside TensorRT
   allow_host_code  load a plan that carries host code: it runs in this process
-  verify           'auto' checks the .sha256 file beside the plan when there is one; 'off'
+  verify           'auto': the .sha256 file and the manifest (.json) beside the plan, where there are any, must fit the plan and this
+                   machine; 'off': loads anyway, and what does not fit becomes a warning
   warmup           eager calls of one shape and address set before its graph is captured
   graph_bytes      device memory that captured graphs may take, least recently used ones first to go
   device_memory    a DeviceMemory for the context's scratch space, shared by engines that never run at the same time
+  refit            the ONNX file that a stripped plan gets its weights from
+  weight_streaming_budget  bytes of weights that stay on the GPU, for a plan that was built with weight streaming
 
 Raises PlanError (not a plan, damaged, another version), EngineDeserializeError, LibraryNotFoundError,
 UnsupportedVersionError, OutOfMemoryError, OSError. Calls raise the subclasses of InputError, ContextTimeoutError,
@@ -110,7 +114,8 @@ pub struct EngineBase {
 impl EngineBase {
     #[new]
     #[pyo3(signature = (path, *, device = None, graphs = "auto", outputs = "pooled", on_strided = "error", on_dtype = "error", host = "auto", profile = None,
-        max_contexts = 1, timeout = None, plugins = Vec::new(), allow_host_code = false, verify = "auto", warmup = 2, graph_bytes = 256 << 20, device_memory = None))]
+        max_contexts = 1, timeout = None, plugins = Vec::new(), allow_host_code = false, verify = "auto", warmup = 2, graph_bytes = 256 << 20, device_memory = None,
+        refit = None, weight_streaming_budget = None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -130,6 +135,8 @@ impl EngineBase {
         warmup: u32,
         graph_bytes: u64,
         device_memory: Option<&Bound<'_, DeviceMemory>>,
+        refit: Option<PathBuf>,
+        weight_streaming_budget: Option<i64>,
     ) -> PyResult<EngineBase> {
         let device = device.map(ordinal).transpose()?.unwrap_or(0);
         let policy = Policy {
@@ -190,23 +197,29 @@ impl EngineBase {
         let verify = one_of("verify", verify, &[("auto", true), ("off", false)])?;
         let timeout = timeout.map(seconds).transpose()?;
         let folders = pip_folders(py);
-        let loaded = py.detach(|| -> Result<(Executor, LoadReport, Option<String>)> {
-            // The file first: what is wrong with it can be said without a GPU.
-            let plan = PlanFile::open(&path)?;
-            let gpu = Device::get(device)?;
+        // The file first: what is wrong with it can be said without a GPU.
+        let plan = py.detach(|| PlanFile::open(&path))?;
+        let (gpu, lib) = py.detach(|| -> Result<(&'static Device, &'static Library)> {
             // A capture that another thread runs must not mind.
             let _relaxed = Relaxed::enter();
-            let lib = library(&folders, Some(plan.header.version))?;
+            Ok((Device::get(device)?, library(&folders, Some(plan.header.version))?))
+        })?;
+        let warnings = check_manifest(py, &path, machine(py, gpu, lib)?, verify, refit.as_deref())?;
+        let loaded = py.detach(|| -> Result<(Executor, LoadReport, Option<String>)> {
+            let _relaxed = Relaxed::enter();
             lib.load_plugins(&plugins)?;
-            let (engine, report) = crate::trt::Engine::load(
+            let (engine, mut report) = crate::trt::Engine::load(
                 lib,
                 gpu,
                 &Loading {
                     plan: &plan,
                     allow_host_code,
                     verify,
+                    refit: refit.as_deref(),
+                    weight_streaming_budget,
                 },
             )?;
+            report.warnings.splice(0..0, warnings);
             let metadata = plan.header.metadata.clone();
             // The mapping goes before the contexts come: their memory should find room.
             drop(plan);
@@ -414,6 +427,63 @@ impl EngineBase {
         Ok(d)
     }
 
+    /// TensorRT's JSON about the plan's layers. shapes: a mapping input name -> shape in that profile, to see the layers as they are
+    /// for these. A plan says as much as its profiling verbosity allowed when it was built.
+    #[pyo3(signature = (shapes = None, *, profile = 0))]
+    fn inspect(&self, py: Python<'_>, shapes: Option<&Bound<'_, PyAny>>, profile: usize) -> PyResult<String> {
+        let mut dims = vec![None; self.executor.inputs.len()];
+        if let Some(shapes) = shapes {
+            for (k, shape) in self.inputs_of(shapes)?.iter().enumerate() {
+                let io = self.input(k);
+                let Some(shape) = shape else { continue };
+                let given: Vec<i64> = shape.extract()?;
+                if !io.host {
+                    dims[k] = Dims::new(&given).filter(Dims::is_static);
+                }
+            }
+        }
+        let for_shapes = shapes.is_some();
+        let out = py.detach(|| self.executor.inspect(for_shapes.then_some(&dims[..]), profile));
+        drain(py);
+        Ok(out?)
+    }
+
+    /// Runs the engine eagerly and measures each layer (TensorRT's profiler). inputs, stream: as in `run`. Needs graphs="off".
+    /// Returns a list with one list of (layer name, milliseconds) for each run.
+    #[pyo3(signature = (inputs, *, runs = 10, stream = None))]
+    fn layer_times(
+        &self,
+        py: Python<'_>,
+        inputs: &Bound<'_, PyAny>,
+        runs: usize,
+        stream: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Vec<Vec<(String, f32)>>> {
+        let objects = self.inputs_of(inputs)?;
+        let a = Arguments {
+            inputs: objects.iter().map(|o| o.as_ref().map(Bound::as_borrowed)).collect(),
+            stream: stream.map(Bound::as_borrowed),
+            timeout: self.timeout,
+            ..Arguments::default()
+        };
+        if let Some(k) = a.inputs.iter().position(Option::is_none) {
+            return Err(self.missing(k));
+        }
+        let read = self.read_inputs(py, &a)?;
+        let call = Call {
+            inputs: &read.views,
+            stream: read.stream,
+            outputs: Outputs::Engine,
+            to_host: read.to_host,
+            synchronize: true,
+            timeout: a.timeout,
+            want_done: false,
+        };
+        let times = py.detach(|| self.executor.layer_times(&call, runs));
+        drain(py);
+        let plain = |run: Vec<LayerTime>| run.into_iter().map(|t| (t.name, t.ms)).collect();
+        Ok(times?.into_iter().map(plain).collect())
+    }
+
     /// The JSON that Ultralytics writes before a plan, or None.
     #[getter]
     fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
@@ -460,6 +530,19 @@ impl EngineBase {
             self.executor.engine.profiles,
         )
     }
+}
+
+/// What `jetrt.provenance` says about the manifest beside the plan: it raises, or gives warnings. Without one, Python is not asked.
+fn check_manifest(py: Python<'_>, plan: &Path, machine: Bound<'_, PyDict>, verify: bool, refit: Option<&Path>) -> PyResult<Vec<String>> {
+    let mut manifest = plan.as_os_str().to_owned();
+    manifest.push(".json");
+    if !Path::new(&manifest).exists() {
+        return Ok(Vec::new());
+    }
+    let verify = if verify { "auto" } else { "off" };
+    py.import("jetrt.provenance")?
+        .call_method1("check_before_load", (plan, machine, verify, refit))?
+        .extract()
 }
 
 impl EngineBase {

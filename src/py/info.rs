@@ -2,7 +2,7 @@
 
 use super::convert::{metadata, pip_folders, stream_handle};
 use super::export::export;
-use super::import::{import, Library};
+use super::import::{import, Library as From};
 use crate::cuda::memory::{DEVICE_ALLOCATIONS, HOST_ALLOCATIONS};
 use crate::cuda::Device;
 use crate::dtype::DType;
@@ -11,6 +11,7 @@ use crate::exec::{record_stream, HostBuffer};
 use crate::shape::Dims;
 use crate::tensor::{OwnedTensor, Place, TensorView};
 use crate::trt::plan::PlanFile;
+use crate::trt::Library;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ use std::sync::Arc;
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(build_info, m)?)?;
     m.add_function(wrap_pyfunction!(library_info, m)?)?;
+    m.add_function(wrap_pyfunction!(machine_of, m)?)?;
     m.add_function(wrap_pyfunction!(read_plan, m)?)?;
     m.add_function(wrap_pyfunction!(pinned_empty, m)?)?;
     m.add_function(wrap_pyfunction!(record, m)?)
@@ -65,6 +67,28 @@ fn library_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     d.set_item("device_allocations", DEVICE_ALLOCATIONS.load(Ordering::Relaxed))?;
     d.set_item("host_allocations", HOST_ALLOCATIONS.load(Ordering::Relaxed))?;
     Ok(d)
+}
+
+/// What a manifest says of a machine and the core knows: tensorrt, cuda (the driver's newest), sm (90), sm_count, gpu, memory_bytes, integrated.
+pub fn machine<'py>(py: Python<'py>, device: &Device, lib: &Library) -> PyResult<Bound<'py, PyDict>> {
+    let driver = crate::cuda::driver()?;
+    let d = PyDict::new(py);
+    d.set_item("tensorrt", lib.version.to_string())?;
+    d.set_item("cuda", format!("{}.{}", driver.version / 1000, driver.version % 1000 / 10))?;
+    d.set_item("sm", device.info.sm)?;
+    d.set_item("sm_count", device.info.sm_count)?;
+    d.set_item("gpu", &device.info.name)?;
+    d.set_item("memory_bytes", device.info.total_memory)?;
+    d.set_item("integrated", device.info.integrated)?;
+    Ok(d)
+}
+
+/// The same for a GPU by number.
+#[pyfunction]
+#[pyo3(name = "_machine", signature = (device = 0))]
+fn machine_of(py: Python<'_>, device: i32) -> PyResult<Bound<'_, PyDict>> {
+    let lib = crate::trt::library(&pip_folders(py), None)?;
+    machine(py, Device::get(device)?, lib)
 }
 
 /// What a plan's header says, without TensorRT and without a GPU.
@@ -124,7 +148,7 @@ fn pinned_empty<'py>(py: Python<'py>, shape: &Bound<'py, PyAny>, dtype: Option<&
             host_ptr: Some(host),
             owner: Arc::new(buffer),
         },
-        Library::Numpy,
+        From::Numpy,
         None,
     )
 }

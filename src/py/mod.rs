@@ -1,5 +1,6 @@
 //! The Python module `jetrt._core`. Only this folder (and `dlpack`, for capsules and the call protocol) knows pyo3.
 
+mod build;
 mod call;
 mod convert;
 mod engine;
@@ -18,6 +19,7 @@ use pyo3::prelude::*;
 #[pyo3(name = "_core")]
 pub fn core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     engine::register(m)?;
+    build::register(m)?;
     m.add_class::<tensor::Tensor>()?;
     m.add_function(wrap_pyfunction!(probe::describe, m)?)?;
     m.add_function(wrap_pyfunction!(probe::roundtrip, m)?)?;

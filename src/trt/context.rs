@@ -58,6 +58,10 @@ impl Context {
         })
     }
 
+    pub(super) fn object(&self) -> &Object {
+        &self.object
+    }
+
     pub fn engine(&self) -> &Arc<Engine> {
         &self.engine
     }

@@ -12,6 +12,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Kind, Result};
 use crate::shape::{Dims, Range};
 use std::ffi::{c_char, c_void, CStr, CString};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -73,6 +74,10 @@ pub struct Loading<'a> {
     pub plan: &'a PlanFile,
     pub allow_host_code: bool,
     pub verify: bool,
+    /// The ONNX file whose weights a stripped plan gets.
+    pub refit: Option<&'a Path>,
+    /// Bytes of weights that stay on the GPU; the rest is streamed from the host at each call.
+    pub weight_streaming_budget: Option<i64>,
 }
 
 /// TensorRT's objects of one engine. Fields drop in order: the engine before the runtime that made it.
@@ -144,6 +149,12 @@ impl Engine {
         let lines = crate::log::TENSORRT.since(mark);
         let object = Object::new(made?).ok_or_else(|| not_deserialised(plan, lib, device, lines.clone()))?;
         report.warnings = lines;
+        if let Some(onnx) = request.refit {
+            refit(lib, &object, onnx).map_err(|e| e.context(plan.path.display()))?;
+        }
+        if let Some(bytes) = request.weight_streaming_budget {
+            stream_weights(lib, &object, bytes).map_err(|e| e.context(plan.path.display()))?;
+        }
         let mut engine = Engine {
             handle: Mutex::new(None),
             label: plan.path.display().to_string(),
@@ -258,25 +269,23 @@ impl Engine {
         };
         let mark = crate::log::TENSORRT.mark();
         let _entered = self.device.enter()?;
-        let handle = self.handle.lock().unwrap_or_else(|e| e.into_inner());
-        let Some(handle) = &*handle else {
-            return Err(Error::new(Kind::Closed, format!("{}: this engine is closed", self.label)).with("engine", self.label.clone()));
-        };
         // SAFETY: VCudaEngine::createExecutionContext(ExecutionContextAllocationStrategy), an int enum.
-        let made = unsafe {
-            call!(
-                self.lib,
-                handle.engine,
-                slot::CREATE_EXECUTION_CONTEXT,
-                fn(i32) -> *mut c_void,
-                strategy
-            )
-        }?;
+        let made = self
+            .with_handle(|engine| unsafe { call!(self.lib, engine, slot::CREATE_EXECUTION_CONTEXT, fn(i32) -> *mut c_void, strategy) })?;
         let object = Object::new(made).ok_or_else(|| {
             let what = format!("{}: TensorRT could not create an execution context", self.label);
             self.failed(Error::new(Kind::Inference, what), mark)
         })?;
         Context::new(object, Arc::clone(self))
+    }
+
+    /// Does something with TensorRT's engine while it is sure to be there.
+    pub(super) fn with_handle<T>(&self, work: impl FnOnce(&Object) -> Result<T>) -> Result<T> {
+        let handle = self.handle.lock().unwrap_or_else(|e| e.into_inner());
+        match &*handle {
+            Some(handle) => work(&handle.engine),
+            None => Err(Error::new(Kind::Closed, format!("{}: this engine is closed", self.label)).with("engine", self.label.clone())),
+        }
     }
 
     /// Frees TensorRT's engine. Every context must be gone: they are destroyed before their engine.
@@ -295,6 +304,42 @@ impl Engine {
         let what = format!("{} for lack of memory ({} bytes of scratch space)", e.message(), self.device_memory);
         out_of_memory(self.device, &what, self.device_memory).with_log(lines)
     }
+}
+
+fn refit(lib: &'static Library, engine: &Object, onnx: &Path) -> Result<()> {
+    let problems = super::build::refit(lib, **engine, onnx)?;
+    if problems.is_empty() {
+        return Ok(());
+    }
+    let reasons: Vec<String> = problems
+        .iter()
+        .map(|p| format!("node {} {} ({}): {}", p.node, p.name, p.operator, p.reason))
+        .collect();
+    Err(Error::new(
+        Kind::Deserialize,
+        format!("the plan could not be refitted from {}: {}", onnx.display(), reasons.join("; ")),
+    )
+    .with("path", onnx.display().to_string())
+    .with("log", reasons))
+}
+
+fn stream_weights(lib: &Library, engine: &Object, bytes: i64) -> Result<()> {
+    let mark = crate::log::TENSORRT.mark();
+    // SAFETY: VCudaEngine::setWeightStreamingBudgetV2(int64_t) and getStreamableWeightsSize().
+    let (ok, all) = unsafe {
+        (
+            call!(lib, engine, slot::SET_WEIGHT_STREAMING_BUDGET_V2, fn(i64) -> bool, bytes)?,
+            call!(lib, engine, slot::GET_STREAMABLE_WEIGHTS_SIZE, fn() -> i64)?,
+        )
+    };
+    if ok {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::Argument,
+        format!("weight_streaming_budget={bytes}: allowed: 0 to {all} bytes, and only for a plan that was built with weight streaming"),
+    )
+    .with_log(crate::log::TENSORRT.since(mark)))
 }
 
 fn is_out_of_memory(line: &str) -> bool {

@@ -2,11 +2,11 @@
 
 use super::abi::Slot;
 use super::logger::Logger;
-use super::object::Object;
+use super::object::{Handle, Object};
 use super::plan::PlanVersion;
 use crate::error::{Error, Kind, Result};
 use libloading::os::unix::{Library as Dl, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
-use std::ffi::{c_char, c_void, CStr};
+use std::ffi::{c_char, c_void, CStr, CString};
 use std::fmt;
 use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
@@ -291,24 +291,88 @@ impl Library {
             .map(|s| s.into_raw().cast_const())
     }
 
-    fn logger(&self) -> &Logger {
-        self.logger.get_or_init(|| Logger::new(self))
+    /// The one logger of the process, as TensorRT takes it.
+    pub(super) fn logger(&self) -> *mut c_void {
+        self.logger.get_or_init(|| Logger::new(self)).public()
+    }
+
+    /// What the factories take as the caller's version: the library's own, so that it cannot mismatch.
+    fn number(&self) -> i32 {
+        (self.version.major * 10_000 + self.version.minor * 100 + self.version.patch) as i32
     }
 
     pub fn create_runtime(&self) -> Result<Object> {
         let mark = crate::log::TENSORRT.mark();
-        let version = (self.version.major * 10_000 + self.version.minor * 100 + self.version.patch) as i32;
         // SAFETY: the factory's signature is `void*(ILogger*, int32_t)` in every version; the logger lives for ever.
         let made = unsafe {
             let f = self
                 .dl
                 .get::<unsafe extern "C" fn(*mut c_void, i32) -> *mut c_void>(b"createInferRuntime_INTERNAL\0");
-            f.map(|f| (*f)(self.logger().public(), version))
+            f.map(|f| (*f)(self.logger(), self.number()))
         };
         made.ok().and_then(Object::new).ok_or_else(|| {
             Error::new(
                 Kind::Deserialize,
                 format!("{}: TensorRT {} could not create a runtime", self.path.display(), self.version),
+            )
+            .with_log(crate::log::TENSORRT.since(mark))
+        })
+    }
+
+    pub fn create_builder(&self) -> Result<Object> {
+        let mark = crate::log::TENSORRT.mark();
+        // SAFETY: `bool(const char*)`, from 10.16: where libnvinfer looks for its builder resources. Older versions search
+        // LD_LIBRARY_PATH, which only whoever starts the process can set.
+        if let Ok(f) = unsafe {
+            self.dl
+                .get::<unsafe extern "C" fn(*const c_char) -> bool>(b"setInternalLibraryPath\0")
+        } {
+            let folder = self.path.parent().and_then(|p| CString::new(p.as_os_str().as_encoded_bytes()).ok());
+            if let Some(folder) = folder {
+                // SAFETY: as above; the string lives during the call.
+                unsafe { (*f)(folder.as_ptr()) };
+            }
+        }
+        // SAFETY: the factory's signature is `void*(ILogger*, int32_t)` in every version; the logger lives for ever.
+        let made = unsafe {
+            let f = self
+                .dl
+                .get::<unsafe extern "C" fn(*mut c_void, i32) -> *mut c_void>(b"createInferBuilder_INTERNAL\0");
+            f.map(|f| (*f)(self.logger(), self.number()))
+        };
+        match made {
+            Err(_) => Err(Error::new(
+                Kind::Build,
+                format!(
+                    "{}: this libnvinfer has no builder (a lean or dispatch runtime). Install the full TensorRT {}.",
+                    self.path.display(),
+                    self.version
+                ),
+            )),
+            Ok(made) => Object::new(made).ok_or_else(|| {
+                Error::new(
+                    Kind::Build,
+                    format!("{}: TensorRT {} could not create a builder", self.path.display(), self.version),
+                )
+                .with_log(crate::log::TENSORRT.since(mark))
+            }),
+        }
+    }
+
+    /// A refitter of that ICudaEngine, which must outlive it.
+    pub(super) fn create_refitter(&self, engine: Handle) -> Result<Object> {
+        let mark = crate::log::TENSORRT.mark();
+        // SAFETY: the factory's signature is `void*(ICudaEngine*, ILogger*, int32_t)` in every version.
+        let made = unsafe {
+            let f = self
+                .dl
+                .get::<unsafe extern "C" fn(*mut c_void, *mut c_void, i32) -> *mut c_void>(b"createInferRefitter_INTERNAL\0");
+            f.map(|f| (*f)(engine.public(), self.logger(), self.number()))
+        };
+        made.ok().and_then(Object::new).ok_or_else(|| {
+            Error::new(
+                Kind::Deserialize,
+                format!("TensorRT {} could not create a refitter for this engine", self.version),
             )
             .with_log(crate::log::TENSORRT.since(mark))
         })
@@ -347,7 +411,7 @@ impl Library {
         // SAFETY: `bool(void*, const char*)`, not noexcept, hence "C-unwind".
         let ok = match unsafe { dl.get::<unsafe extern "C-unwind" fn(*mut c_void, *const c_char) -> bool>(b"initLibNvInferPlugins\0") } {
             // SAFETY: as above; the logger lives for ever.
-            Ok(f) => unsafe { (*f)(self.logger().public(), c"".as_ptr()) },
+            Ok(f) => unsafe { (*f)(self.logger(), c"".as_ptr()) },
             Err(_) => true,
         };
         // Never unloaded: engines keep pointers into it.

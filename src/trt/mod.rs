@@ -7,14 +7,18 @@
 
 pub mod abi;
 mod allocator;
+pub mod build;
 mod context;
 mod engine;
+mod inspector;
 mod library;
 mod logger;
 mod object;
 pub mod plan;
+mod profiler;
 
 pub use allocator::OutputAllocator;
 pub use context::Context;
 pub use engine::{Engine, IoTensor, LoadReport, Loading};
 pub use library::{library, Library, Version};
+pub use profiler::{with_profiler, LayerTime};
