@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,7 +268,7 @@ def resolve(inputs: Sequence[NetworkInput], hints: Hints) -> tuple[Profile, ...]
     for bound, entries in given.items():
         if len(entries) not in (0, 1, count):
             raise BuildOptionError(
-                f"--{bound} is given {len(entries)} times, another of --min, --opt and --max {count} times. The n-th of "
+                f"--{bound} is given {len(entries)} times, another of --min, --opt, --max {count} times. The n-th of "
                 "each makes the n-th profile; one that is given once holds for all; several inputs of one profile "
                 "are separated by commas.",
                 option=f"--{bound}",
@@ -339,7 +340,7 @@ class _Network:
                 if len(shape) != len(info.shape):
                     raise _wrong(
                         source,
-                        f"{len(shape)} dimensions; the input has {len(info.shape)}: {_dims(_shown(info)) or 'none'}",
+                        f"{len(shape)} dimensions; the input has {len(info.shape)}: {_shown(info)}",
                         allowed=info.shape,
                     )
                 for axis, (size, fixed) in enumerate(zip(shape, info.shape, strict=True)):
@@ -476,8 +477,8 @@ class _Network:
         for i, sizes in enumerate(zip(*triple, strict=True)):
             if not sizes[0] <= sizes[1] <= sizes[2]:
                 raise BuildOptionError(
-                    f"value {i} of the shape tensor {info.name!r} is {sizes[0]} in min, {sizes[1]} in opt, {sizes[2]} in "
-                    "max; min <= opt <= max must hold.",
+                    f"value {i} of the shape tensor {info.name!r}: min is {sizes[0]}, opt {sizes[1]}, max {sizes[2]}; "
+                    "min <= opt <= max must hold.",
                     option="--min",
                     found=list(sizes),
                 )
@@ -487,14 +488,13 @@ class _Network:
         self, missing: list[Key], absent: list[str], known: Mapping[Key, tuple[int, int, int]], bounds: Sequence[Bound]
     ) -> BuildOptionError:
         """Says what no hint covers, with the whole flags to give: what was given already, and the rest."""
-        inputs = [i for i in self.inputs.values() if any(i.key(a) in missing for a in _dynamic(i))]
-        what = [
-            f"{info.name!r} is {_dims(_shown(info))}, and nothing says how large "
-            + ", ".join(_shown(info)[axis] if info.key(axis) in self.dimensions() else f"axis {axis}" for axis in axes)
-            + " can be"
-            for info in inputs
-            if (axes := [axis for axis in _dynamic(info) if info.key(axis) in missing])
-        ]
+        open_axes = {i.name: [a for a in _dynamic(i) if i.key(a) in missing] for i in self.inputs.values()}
+        inputs = [info for info in self.inputs.values() if open_axes[info.name]]
+        what = []
+        for info in inputs:
+            keys = [(info.key(axis), axis) for axis in open_axes[info.name]]
+            axes = ", ".join(key if isinstance(key, str) else f"axis {axis}" for key, axis in keys)
+            what.append(f"the input {info.name!r} is {_shown(info)}, and nothing says how large {axes} can be")
         what += [f"{name!r} is a shape tensor, and nothing says which values it takes" for name in absent]
 
         def size(info: NetworkInput, axis: int, index: int) -> object:
@@ -512,7 +512,7 @@ class _Network:
             for name in absent:
                 length = next((n for n in self.inputs[name].shape if n > 0), 1)
                 items.append(f"{_quote(name)}=[{','.join('?' * length)}]")
-            flags.append(f"--{_BOUNDS[index]} '{','.join(items)}'")
+            flags.append(f"--{_BOUNDS[index]} {shlex.quote(','.join(items))}")
         text = f"{'; '.join(what)}. Give {' '.join(flags)}"
         if "?" in text:
             text += " with a number for each ?"
@@ -528,7 +528,8 @@ def _dynamic(info: NetworkInput) -> list[int]:
     return [] if info.shape_tensor else [axis for axis, size in enumerate(info.shape) if size < 0]
 
 
-def _shown(info: NetworkInput) -> list[str]:
-    """The dimensions with names for the dynamic ones."""
+def _shown(info: NetworkInput) -> str:
+    """``[batch, 3, -1]``: dynamic dimensions by name where they have one."""
     keys = [info.key(axis) for axis in range(len(info.shape))]
-    return [str(n) if n >= 0 else key if isinstance(key, str) else "?" for n, key in zip(info.shape, keys, strict=True)]
+    sizes = zip(info.shape, keys, strict=True)
+    return f"[{', '.join(key if size < 0 and isinstance(key, str) else str(size) for size, key in sizes)}]"
