@@ -121,10 +121,12 @@ def _l4t(text: str | None) -> str | None:
 
 def _power_mode(status: str | None, configuration: str | None) -> str | None:
     # nvpmodel writes "pmode:0002", older ones "pmode:0000 fmode:quiet"; its configuration has the names.
-    mode = re.match(r"pmode:(\d+)", status or "", re.ASCII)
+    mode = re.match(r"pmode:(\d{1,9})\b", status or "", re.ASCII)
     if mode is None:
         return None
-    names = re.findall(r"^\s*<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=([!-=?-~]+)\s*>", configuration or "", re.M | re.ASCII)
+    names = re.findall(
+        r"^\s*<\s*POWER_MODEL\s+ID=(\d{1,9})\s+NAME=([!-;=?-~]+)\s*>", configuration or "", re.M | re.ASCII
+    )
     return next((name for number, name in names if int(number) == int(mode[1])), None)
 
 
@@ -147,4 +149,4 @@ def _cuda(text: str | None) -> str | None:
 
 
 def _memory(text: str | None) -> dict[str, int]:
-    return {name: int(kib) << 10 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", text or "", re.M | re.ASCII)}
+    return {name: int(kib) << 10 for name, kib in re.findall(r"^(\w+):\s+(\d{1,15}) kB$", text or "", re.M | re.ASCII)}

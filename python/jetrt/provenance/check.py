@@ -103,7 +103,7 @@ def check_before_load(
     if verify not in ("auto", "off"):
         raise ValueError(f'verify is {verify!r}; allowed: "auto", "off"')
     engine = Path(engine_path)
-    warnings = []
+    warnings: list[str] = []
     try:
         manifest = Manifest.read(engine)
     except ManifestError as error:
@@ -112,18 +112,19 @@ def check_before_load(
         return [str(error)]
     if manifest is None:
         return []
+
+    def refuse(error: ManifestError | None) -> None:
+        if error is not None and verify == "auto":
+            raise error
+        if error is not None:
+            warnings.append(str(error))
+
+    refuse(_not_bound(engine, manifest, tensorrt_plan_version, hash_it=verify == "auto"))
+    if manifest.stripped and not refit:
+        refuse(_unrefitted(engine, manifest))
     here = machine() if callable(machine) else machine
     found = differences(manifest, here)
-    problems = [
-        _not_bound(engine, manifest, tensorrt_plan_version, hashed=verify == "auto"),
-        _refused(engine, manifest, here, found),
-        _unrefitted(engine, manifest) if manifest.stripped and not refit else None,
-    ]
-    for problem in problems:
-        if problem is not None and verify == "auto":
-            raise problem
-        if problem is not None:
-            warnings.append(str(problem))
+    refuse(_refused(engine, manifest, here, found))
     milder = [d for d in found if not d.refused]
     if milder:
         rows = ", ".join(f"{d.field} is {d.here}, in the manifest {d.manifest}" for d in milder)
@@ -131,36 +132,39 @@ def check_before_load(
     return warnings
 
 
-def _not_bound(engine: Path, manifest: Manifest, header: str | None, *, hashed: bool) -> ManifestError | None:
+def _not_bound(engine: Path, manifest: Manifest, header: str | None, *, hash_it: bool) -> ManifestError | None:
     """What shows that the manifest is not the one of this plan."""
     path, expected = Manifest.path_for(engine), manifest.engine
-    name = f"{path} (written for {expected.file!r})"
-    problem: tuple[str, Any, Any] | None = None
-    size = engine.stat().st_size if engine.exists() else expected.bytes  # a missing plan is the loader's to report
+    found: dict[str, tuple[Any, Any]] = {}
     try:
         sidecar = Sha256Sidecar.read(engine)
-        digest = None if sidecar is None else sidecar.sha256
     except PlanError as error:
-        return ManifestError(str(error), path=str(path))
-    if size != expected.bytes:
-        problem = "the plan has {} bytes, in the manifest {}", size, expected.bytes
-    elif header is not None and not _same_release(header, manifest.machine.tensorrt):
-        problem = "the plan's header says TensorRT {}, the manifest {}", header, manifest.machine.tensorrt
-    elif digest is not None and digest != expected.sha256:
-        problem = f"{Sha256Sidecar.path_for(engine)} says {{}}, the manifest {{}}", digest, expected.sha256
-    elif digest is None and hashed and engine.exists() and (digest := sha256_of(engine)) != expected.sha256:
-        problem = "the plan's SHA-256 is {}, in the manifest {}", digest, expected.sha256
-    if problem is None:
+        return ManifestError(str(error), path=error.path)
+    if sidecar is not None:
+        found[str(Sha256Sidecar.path_for(engine))] = sidecar.sha256, expected.sha256
+    if header is not None and not _same_release(header, manifest.machine.tensorrt):
+        found["TensorRT in its header"] = header, manifest.machine.tensorrt
+    if engine.exists():  # a missing plan is the loader's to report
+        found["size in bytes"] = engine.stat().st_size, expected.bytes
+        if sidecar is None and hash_it and not _wrong(found):
+            found["SHA-256 of the plan"] = sha256_of(engine), expected.sha256
+    wrong = _wrong(found)
+    if not wrong:
         return None
-    text, found, allowed = problem
+    rows = [[what, str(there), str(said)] for what, there, said in wrong]
     return ManifestError(
-        f"{engine}: {name} is not the manifest of this plan: {text.format(found, allowed)}. One of the files was "
-        "edited, copied alone, or left by an interrupted build. Copy them again together, or build the plan again.",
+        f"{engine}: {path} (written for {expected.file!r}) is not the manifest of this plan:\n"
+        f"{aligned(['', 'found', 'in the manifest'], rows)}\n"
+        "One of the files was edited, copied alone, or left by an interrupted build. Copy them again together, or "
+        'build the plan again. verify="off" loads it anyway.',
         path=str(engine),
-        found=str(found),
-        allowed=str(allowed),
+        differences=[(what, said, there) for what, there, said in wrong],
         command=rebuild_command(manifest),
     )
+
+
+def _wrong(found: dict[str, tuple[Any, Any]]) -> list[tuple[str, Any, Any]]:
+    return [(what, there, said) for what, (there, said) in found.items() if there != said]
 
 
 def _same_release(header: str, manifest: str) -> bool:

@@ -35,7 +35,7 @@ Line = Annotated[str, Rule("text without control characters", f"[^{_CONTROL}]*")
 #: Names from a manifest are joined to a folder; they must not lead out of it.
 FileName = Annotated[str, Rule("a file name without a folder", _COMPONENT)]
 RelativeName = Annotated[str, Rule("a relative path without '..'", f"{_COMPONENT}(?:/{_COMPONENT})*")]
-Version = Annotated[str, Rule("a version of numbers and dots", "[0-9]+(?:\\.[0-9]+){0,3}")]
+Version = Annotated[str, Rule("a version of numbers and dots", "[0-9]{1,9}(?:\\.[0-9]{1,9}){0,3}")]
 Time = Annotated[str, Rule("a time as 2026-01-31T12:00:00Z", "[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")]
 Count = Annotated[int, Rule("0 or more", least=0)]
 Positive = Annotated[int, Rule("1 or more", least=1)]
