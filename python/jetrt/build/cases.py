@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import BuildOptionError
 from ..report import dims
-from .arrays import Array, dtype_name, keys_for, owner, pick, to_bfloat16
+from .arrays import Array, dtype_name, keys_for, pick, to_bfloat16
 
 if TYPE_CHECKING:
     from .profiles import NetworkInput, Profile
@@ -51,15 +51,23 @@ def points(
     """
     given = given or {}
     names = [info.name for info in inputs]
+    known = {
+        key for name in names for i in range(len(profiles)) for point in POINTS for key in keys_for(name, i, point)
+    }
     for key in given:
-        if owner(key, names) not in names:
-            raise _refused(f"{key!r} is for no input of the model", key, ", ".join(names), "Check the spelling.")
+        if key not in known:
+            raise _refused(
+                f"{key!r} is for no input of the model",
+                key,
+                ", ".join(names),
+                f"An array for one point alone is NAME@min or NAME@0.min (profiles: {len(profiles)}).",
+            )
     cases = []
     for index, profile in enumerate(profiles):
         seen = []
         for point in ("opt", "min", "max"):
-            place = POINTS.index(point)
-            what = [(_shape(profile, info, place), _values(profile, info, place)) for info in inputs]
+            nth = POINTS.index(point)
+            what = [(_shape(profile, info, nth), _values(profile, info, nth)) for info in inputs]
             own = any(key in given for name in names for key in keys_for(name, index, point)[:2])
             if what in seen and not own:
                 continue
@@ -68,10 +76,10 @@ def points(
             for info, (shape, values) in zip(inputs, what, strict=True):
                 if values is not None:
                     arrays[info.name] = np.array(values, info.dtype).reshape(shape)
-                elif any(owner(key, names) == info.name for key in given):
+                elif any(key in given for place in places for key in keys_for(info.name, *place)):
                     arrays[info.name] = _given(given, info, shape, index, point)
                 else:
-                    generator = np.random.default_rng([seed, index, place, zlib.crc32(info.name.encode())])
+                    generator = np.random.default_rng([seed, index, nth, zlib.crc32(info.name.encode())])
                     arrays[info.name] = _random(generator, info, shape)
             cases.append(Case(index, point, arrays))
     return sorted(cases, key=lambda case: (case.profile, POINTS.index(case.point)))

@@ -237,8 +237,18 @@ class ParityReport:
     reference: Mapping[str, Any] | None = None
     thresholds: Thresholds | None = None
     cases: tuple[CaseReport, ...] = ()
-    #: Where the comparison shows less than it seems to.
-    notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """Where the comparison shows less than it seems to."""
+        result = []
+        for name in dict.fromkeys(output.output for case in self.cases for output in case.outputs):
+            seen = [output for case in self.cases for output in case.outputs if output.output == name]
+            if all(output.elements == 0 for output in seen):
+                result.append(f"output {name!r} has no elements at any point, so no value was compared; give --inputs")
+            elif all(output.peak == 0 for output in seen):
+                result.append(f"output {name!r} is 0 everywhere in the reference, which shows little; give --inputs")
+        return result
 
     def failures(self) -> list[tuple[CaseReport, OutputComparison]]:
         return [(case, output) for case in self.cases for output in case.outputs if not output.passed]
@@ -276,7 +286,6 @@ class ParityReport:
                 }
                 for case in self.cases
             ],
-            "notes": list(self.notes),
         }
 
     @classmethod
@@ -293,7 +302,6 @@ class ParityReport:
                 data.get("reference"),
                 Thresholds.from_mapping(thresholds) if thresholds is not None else None,
                 tuple(_case_from(case) for case in data.get("cases", ())),
-                tuple(map(str, data.get("notes", ()))),
             )
             if (state == "passed") != (bool(report.cases) and not report.failures()):
                 raise ValueError(f"state is {state!r}, and the cases say something else")
@@ -340,7 +348,12 @@ def _output_from(data: Mapping[str, Any]) -> OutputComparison:
 
 
 def not_run(reason: str, thresholds: Thresholds | None = None) -> ParityReport:
-    return ParityReport("not run", reason, thresholds=thresholds)
+    return ParityReport("not run", _line(reason), thresholds=thresholds)
+
+
+def _line(text: str) -> str:
+    """One line, as a manifest keeps it."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def judge(
@@ -365,22 +378,14 @@ def judge(
     unknown = [name for name in thresholds.outputs if name not in names]
     if unknown:
         raise refused("there is no such output", ", ".join(unknown), ", ".join(names))
-    notes = []
-    for name in names:
-        seen = [output for report in reports for output in report.outputs if output.output == name]
-        if all(output.elements == 0 for output in seen):
-            notes.append(f"output {name!r} has no elements at any point, so no value was compared; give --inputs")
-        elif all(output.peak == 0 for output in seen):
-            notes.append(f"output {name!r} is 0 everywhere in the reference, which shows little; give --inputs")
-    failed = any(not output.passed for report in reports for output in report.outputs)
-    return ParityReport(
-        "failed" if failed else "passed",
-        None,
-        references[0].to_mapping(),
-        thresholds,
-        tuple(reports),
-        tuple(notes),
-    )
+    report = ParityReport("passed", None, references[0].to_mapping(), thresholds, tuple(reports))
+    failures = report.failures()
+    if not failures:
+        return report
+    case, output = failures[0]
+    total = sum(len(case.outputs) for case in reports)
+    first = f"output {output.output!r} at {case.point} of profile {case.profile}: {'; '.join(output.reasons)}"
+    return replace(report, state="failed", reason=_line(f"{len(failures)} of {total} comparisons; {first}"))
 
 
 def gate(report: ParityReport, *, allow_not_run: bool = False) -> None:
