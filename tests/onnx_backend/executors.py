@@ -87,10 +87,10 @@ class TensorRT:
             return Result(error.stage, first_line(error), error.error)
         except Exception as error:  # an error of the library's: a result, whatever it is
             return Result(self.stage_of(error, at), first_line(error), type(error).__name__)
-        for (_, expected), found in zip(case.data, results, strict=True):
+        for (inputs, expected), found in zip(case.data, results, strict=True):
             complaint = difference(expected, found, case.rtol, case.atol)
             if complaint:
-                return Result("wrong", complaint, gate=self.gate(case, expected, found))
+                return Result("wrong", complaint, gate=self.gate(case, inputs, expected, found))
         return Result("pass")
 
     def execute(self, case: Case, stage: Stage) -> list[list[np.ndarray]]:
@@ -100,7 +100,8 @@ class TensorRT:
     def stage_of(self, error: Exception, at: str) -> str:
         return at
 
-    def gate(self, case: Case, expected: Sequence[Any], found: Sequence[np.ndarray]) -> str:
+    def gate(self, case: Case, inputs: Any, expected: Any, found: Any) -> str:
+        """What the parity gate says of a wrong result: its refusal, or "passed"; "" where there is none."""
         return ""
 
 
@@ -320,8 +321,18 @@ class Jetrt(TensorRT):
                 results.append([np.asarray(outputs[name]) for name in case.outputs])
         return results
 
-    def gate(self, case: Case, expected: Sequence[Any], found: Sequence[np.ndarray]) -> str:
-        return ""
+    def gate(self, case: Case, inputs: Any, expected: Any, found: Any) -> str:
+        from jetrt.build import parity
+        from jetrt.build.reference import Reference
+
+        tried = parity.Case(0, "opt", dict(zip(case.inputs, inputs, strict=True)))
+        reference = Reference("npz", dict(zip(case.outputs, expected, strict=True)), {}, 0.0)
+        outputs = dict(zip(case.outputs, found, strict=True))
+        try:
+            parity.gate(parity.judge([tried], [outputs], [reference], parity.Thresholds.of("fp32")))
+        except self.jetrt.errors.ParityError as error:
+            return f"ParityError: {first_line(error)}"
+        return "passed"
 
 
 class Cuda:

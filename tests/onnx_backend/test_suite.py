@@ -134,6 +134,35 @@ def test_difference(expected, found, complaint):
     assert got is complaint is None or (complaint and got and got.startswith(complaint)), got
 
 
+def test_the_parity_gate_is_asked():
+    from executors import Jetrt
+
+    import jetrt
+
+    executor = object.__new__(Jetrt)  # without the libraries
+    executor.jetrt = jetrt
+    expected = [np.float32([[1, 2], [3, 4]])]
+    one = Case("one", "test", b"", 1e-3, 1e-7, ("x",), ("y",), ((tuple(expected), tuple(expected)),))
+
+    def answer(*found):
+        executor.execute = lambda case, stage: [list(found)]
+        return executor.run(one, lambda stage: None)
+
+    assert answer(*expected) == Result("pass")
+    triu = answer(np.float32([[1, 2], [0, 4]]))
+    assert triu.status == "wrong"
+    assert triu.gate.startswith("ParityError: output 'y' at opt of profile 0 differs from the reference (npz): cosine")
+    # Where the suite is stricter than the gate, that is written down, not hidden.
+    assert answer(np.float32([[1, 2], [3, 4.0045]])).gate == "passed"
+
+    def explode(case, stage):
+        stage("builder")
+        raise jetrt.errors.EngineBuildError("TensorRT built no plan\nmore")
+
+    executor.execute = explode
+    assert executor.run(one, lambda stage: None) == Result("builder", "TensorRT built no plan", "EngineBuildError")
+
+
 def test_the_suite_is_all_there():
     """The numbers of onnx 1.23, and that each case has data for its inputs and outputs."""
     cases = collect()
