@@ -159,9 +159,11 @@ def test_boards(tmp_path: Path, files: dict[str, str], arch: str, expected: Plat
         ("var/lib/nvpmodel/status", "pmode:0007", "power_mode", None),  # the configuration has no such mode
         ("var/lib/nvpmodel/status", "NVPM ERROR: no mode", "power_mode", None),
         ("etc/nvpmodel.conf", "", "power_mode", None),
+        ("var/lib/nvpmodel/status", "pmode:" + "9" * 5000, "power_mode", None),
         ("etc/nvpmodel.conf", "< POWER_MODEL ID=2 NAME=<b> >", "power_mode", None),
         ("proc/driver/nvidia/version", "N/A\n", "driver", None),
         ("proc/meminfo", "MemTotal: lots\n", "memory_total", None),
+        ("proc/meminfo", f"MemTotal: {'9' * 5000} kB\n", "memory_total", None),
         ("usr/local/cuda/version.json", '{"cuda": {"version": 12}}', "cuda", None),
         ("usr/local/cuda/version.json", '["cuda"]', "cuda", None),
         ("usr/local/cuda/version.json", "[" * 100_000, "cuda", None),
