@@ -185,7 +185,8 @@ class OnnxFile:
         """Reads the structure and checks that every external file is there. Raises `ModelError`."""
         path = Path(path)
         try:
-            with path.open("rb") as file:
+            # Opening a pipe would wait for its writer.
+            with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     raise _refused(path, "it is not a regular file")
