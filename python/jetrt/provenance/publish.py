@@ -282,7 +282,7 @@ def existing(
     if manifest.key != key:
         if overwrite:
             return "absent"
-        rows = _differing(manifest, options, model_sha256, machine)
+        rows = _differing(manifest, key, options, model_sha256, machine)
         raise EngineBuildError(
             f"{final} is there already and was built from something else:\n{aligned(['', 'there', 'wanted'], rows)}\n"
             f"{advice}",
@@ -305,7 +305,7 @@ def _intact(final: Path, manifest: Manifest) -> bool:
 
 
 def _differing(
-    manifest: Manifest, options: Mapping[str, Any] | None, model_sha256: str | None, machine: Machine | None
+    manifest: Manifest, key: str, options: Mapping[str, Any] | None, model_sha256: str | None, machine: Machine | None
 ) -> list[list[str]]:
     """What two configurations differ in, as rows of name, there, wanted."""
     pairs: list[tuple[str, Any, Any]] = []
@@ -318,7 +318,7 @@ def _differing(
         names = ("tensorrt", "sm", "sm_count")
         pairs += [(name, getattr(manifest.machine, name), getattr(machine, name)) for name in names]
     rows = [[name, json.dumps(a), json.dumps(b)] for name, a, b in pairs if a != b]
-    return rows or [["origin", manifest.origin, "build"], ["key", manifest.key[:12] + "…", "another"]]
+    return rows or [["key", manifest.key, key]]
 
 
 def aligned(header: list[str], rows: list[list[str]]) -> str:
