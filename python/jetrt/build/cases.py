@@ -51,9 +51,8 @@ def points(
     """
     given = given or {}
     names = [info.name for info in inputs]
-    known = {
-        key for name in names for i in range(len(profiles)) for point in POINTS for key in keys_for(name, i, point)
-    }
+    places = [(index, point) for index in range(len(profiles)) for point in POINTS]
+    known = {key for name in names for place in places for key in keys_for(name, *place)}
     for key in given:
         if key not in known:
             raise _refused(

@@ -221,9 +221,10 @@ def search(
 ) -> LevelTable:
     """Tries the levels and keeps one. The default level is tried too, and first: the others have to beat it.
 
-    The four functions are given the seconds that are left to them and end by themselves; the race has those of one level
-    to itself. They may raise jetrt's errors in place of returning a failure. What no level can change ends the search: a model or an option that
-    is refused, Ctrl-C. A level whose parity was not run counts as correct only where no level's was.
+    The four functions are given the seconds that are left to them (the race has those of one level to itself) and end
+    by themselves. They may raise jetrt's errors in place of returning a failure. What no level can change ends the
+    search: a model or an option that is refused, Ctrl-C. A level whose parity was not run counts as correct only where
+    no level's was.
 
     Raises `EngineBuildError`, with the table in its message and its record as `levels`, if no level is left.
     """
@@ -290,6 +291,8 @@ class _Search:
         if isinstance(trial, Failure):
             return _failed(row, "run", trial)
         row = replace(row, runs=sum(trial.runs))
+        if not trial.runs:
+            return _failed(row, "run", Failure("error", "It was run on no profile."))
         for profile, (runs, seconds) in enumerate(zip(trial.runs, trial.seconds, strict=True)):
             if runs < MIN_RUNS and seconds < MIN_SECONDS:
                 short = f"{runs} runs in {seconds:.1f} s on profile {profile}; needed: {MIN_RUNS} or {MIN_SECONDS:g} s."

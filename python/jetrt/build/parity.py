@@ -147,10 +147,10 @@ def _chunks(a: Array, b: Array, size: int = 1 << 20) -> Iterator[_Chunk]:
         yield _Chunk(start, x[finite], y[finite], finite, int((~finite & ~same).sum()), int(np.isnan(y).sum()))
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # of float64 values alone, which TensorRT has not
 def _compare_floats(base: OutputComparison, a: Array, b: Array, limits: Limits) -> OutputComparison:
-    aa = bb = ab = size_b = size_d = peak = peak_a = largest = 0.0
+    aa = bb = ab = size_b = size_d = peak = largest = 0.0
     count = wrong = nan = 0
-    # Sums of squares of float32 values end at 1e77 × elements, far inside float64; those of float64 values may not.
     for chunk in _chunks(a, b):
         wrong, nan, count = wrong + chunk.wrong, nan + chunk.nan, count + chunk.b.size
         if not chunk.b.size:
@@ -163,7 +163,6 @@ def _compare_floats(base: OutputComparison, a: Array, b: Array, limits: Limits) 
         size_b += float(magnitude.sum())
         size_d += float(error.sum())
         peak = max(peak, float(magnitude.max()))
-        peak_a = max(peak_a, float(np.abs(chunk.a).max()))
         largest = max(largest, float(error.max()))
 
     mean = size_b / count if count else 0.0
@@ -171,8 +170,7 @@ def _compare_floats(base: OutputComparison, a: Array, b: Array, limits: Limits) 
     max_rel, where = 0.0, None
     for chunk in _chunks(a, b):
         error = np.abs(chunk.a - chunk.b)
-        with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is no error, x / 0 an infinite one
-            relative = np.where(error == 0, 0.0, error / (np.abs(chunk.b) + eps))
+        relative = np.where(error == 0, 0.0, error / (np.abs(chunk.b) + eps))  # x / 0 is infinite, 0 / 0 is 0
         if relative.size and (here := float(relative.max())) > max_rel:
             max_rel = here
             where = chunk.start + int(np.flatnonzero(chunk.finite)[int(relative.argmax())])
@@ -189,7 +187,8 @@ def _compare_floats(base: OutputComparison, a: Array, b: Array, limits: Limits) 
         peak=peak,
         worst=None if where is None else _element(a, b, where),
     )
-    return replace(result, reasons=tuple(_reasons(result, limits, max(peak, peak_a), nan)))
+    rms = math.sqrt(bb / count) if count else 0.0
+    return replace(result, reasons=tuple(_reasons(result, limits, rms, nan)))
 
 
 def _element(a: Array, b: Array, flat: int) -> tuple[tuple[int, ...], float, float]:
@@ -197,14 +196,16 @@ def _element(a: Array, b: Array, flat: int) -> tuple[tuple[int, ...], float, flo
     return index, float(a[index]), float(b[index])
 
 
-def _reasons(result: OutputComparison, limits: Limits, peak: float, nan: int) -> Iterator[str]:
+def _reasons(result: OutputComparison, limits: Limits, rms: float, nan: int) -> Iterator[str]:
     if result.nonfinite:
         yield f"{result.nonfinite} of {result.elements} elements are NaN or infinite on one side only"
     if nan and nan == result.elements:
         yield "the reference is NaN everywhere, so nothing was compared"
-    judged_cosine = limits.cosine if peak > limits.absolute else None
-    if judged_cosine is not None and result.cosine is not None and not result.cosine >= judged_cosine:
-        yield f"cosine {result.cosine:.7g}, allowed from {judged_cosine:g}"
+    if limits.cosine is not None and result.cosine is not None and rms:
+        # What errors of the size of `absolute` alone may cost is given back.
+        allowed = limits.cosine - 2 * (limits.absolute / rms) ** 2
+        if not result.cosine >= allowed:
+            yield f"cosine {result.cosine:.7g}, allowed from {allowed:.7g}"
     for name in ("max_rel", "max_abs", "mean_abs", "to_peak"):
         found, allowed = getattr(result, name), getattr(limits, name)
         if allowed is not None and not found <= allowed:
@@ -229,7 +230,7 @@ class CaseReport:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """ "passed" and "failed" are verdicts; "not run" means that nothing is known, and says why."""
+    """Passed and failed are verdicts; "not run" means that nothing is known, and says why."""
 
     state: Literal["passed", "failed", "not run"]
     reason: str | None = None
@@ -382,9 +383,9 @@ def judge(
     failures = report.failures()
     if not failures:
         return report
-    case, output = failures[0]
-    total = sum(len(case.outputs) for case in reports)
-    first = f"output {output.output!r} at {case.point} of profile {case.profile}: {'; '.join(output.reasons)}"
+    where, output = failures[0]
+    total = sum(len(each.outputs) for each in reports)
+    first = f"output {output.output!r} at {where.point} of profile {where.profile}: {'; '.join(output.reasons)}"
     return replace(report, state="failed", reason=_line(f"{len(failures)} of {total} comparisons; {first}"))
 
 

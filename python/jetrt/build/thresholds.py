@@ -21,33 +21,36 @@ class Limits:
     max_abs: float | None = None
     mean_abs: float | None = None
     to_peak: float | None = None
-    #: An error up to this is rounding whatever it is relative to; an output that is never larger has no direction, so
-    #: its cosine is not judged.
+    #: An error up to this is rounding whatever it is relative to: it widens the limits on cosine and max_rel of outputs
+    #: that are not much larger, and those alone.
     absolute: float = 0.0
     #: Share of the elements of an integer or bool output that may differ.
     differing: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            lifted = value is None and name not in ("absolute", "differing")
+            if not lifted and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise ValueError(f"{name} is {value!r}; allowed: a number from 0")
 
 
-# Sources:
-# fp32: rtol 1e-3 and atol 1e-7 are what ONNX's own backend tests allow; the cosine follows from them.
-# fp16, tf32 (both keep 11 bits of a product's factors), bf16, fp8: the cosines 0.999 for bf16 and 0.99 for fp8 are
-#   those that NVIDIA's Isaac-GR00T (scripts/deployment/accuracy_thresholds.py) demands of a backbone; fp16 has eight
-#   times bf16's resolution. If rounding is noise with deviation s (of the outputs' own), the cosine is 1 - s²/2, and
-#   max_rel is where one of a million normal errors ends: 5 s over a mean magnitude of 0.8, doubled where the network
-#   amplifies single elements.
+# Where the numbers come from:
+# fp32: rtol 1e-3 is what ONNX's own backend tests allow. They add atol 1e-7; 1e-6 is 8 units in the last place of 1,
+#   which is what the tail of a sigmoid is made of.
+# bf16, fp8: the cosines are those that NVIDIA's Isaac-GR00T demands of a backbone in these types
+#   (scripts/deployment/accuracy_thresholds.py). fp16 and tf32 (11 bits of a product's factors) are held to bf16's.
+# max_rel: in the tail of a sigmoid or softmax it is the error of the logit. PP-OCR v4 (detection and recognition, noise
+#   and drawn boxes) with every tensor in it rounded to fp16 has cosines from 0.9993 and max_rel up to 0.48; with every
+#   tensor rounded to bf16, max_rel up to 1.2 where the cosine holds. An element that is 0 and should not be has
+#   0.5 and more, one that should be 0 and is not, or has the wrong sign, 1 and more.
 # int8: as fp8; what it costs beyond that is calibration.
 _DEFAULTS = {
-    "fp32": Limits(cosine=0.99999, max_rel=1e-3, absolute=1e-7),
-    "tf32": Limits(cosine=0.9999, max_rel=0.1, absolute=1e-6),
-    "fp16": Limits(cosine=0.9999, max_rel=0.1, absolute=1e-6),
-    "bf16": Limits(cosine=0.999, max_rel=0.3, absolute=1e-6),
-    "int8": Limits(cosine=0.99, max_rel=1.0, absolute=1e-6),
-    "fp8": Limits(cosine=0.99, max_rel=1.0, absolute=1e-6),
+    "fp32": Limits(cosine=0.99999, max_rel=1e-3, absolute=1e-6),
+    "tf32": Limits(cosine=0.999, max_rel=0.5, absolute=1e-6),
+    "fp16": Limits(cosine=0.999, max_rel=0.5, absolute=1e-6),
+    "bf16": Limits(cosine=0.999, max_rel=1.2, absolute=1e-6),
+    "int8": Limits(cosine=0.99, max_rel=3.0, absolute=1e-6),
+    "fp8": Limits(cosine=0.99, max_rel=3.0, absolute=1e-6),
 }
 _DEFAULTS["mixed"] = _DEFAULTS["bf16"]
 
@@ -56,8 +59,8 @@ _DEFAULTS["mixed"] = _DEFAULTS["bf16"]
 class Thresholds:
     """Limits for every output: those of the precision, and changes for outputs by name.
 
-    The wide ones of int8 and fp8 let a wrong operator through that fp32 limits would catch; a plan of the same model in
-    fp32 shows it.
+    Limits that let rounding pass let some wrong elements pass with it, the more the shorter the type. A plan of the same
+    model in fp32 is held to limits that only rounding in fp32 meets, and so shows whether every operator is right.
     """
 
     precision: str
