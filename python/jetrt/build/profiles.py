@@ -119,6 +119,12 @@ class Bound:
             found[kind][name] = numbers
         return cls(found["shapes"], found["values"], {name: size for name, (size,) in found["dimensions"].items()})
 
+    def sizes(self) -> dict[str, int]:
+        """Every number by what it is of, in words."""
+        found = {f"{name!r}, axis {i}": n for name, shape in self.shapes.items() for i, n in enumerate(shape)}
+        found |= {f"{name!r}, value {i}": n for name, values in self.values.items() for i, n in enumerate(values)}
+        return found | {f"the dimension {name!r}": n for name, n in self.dimensions.items()}
+
     def __str__(self) -> str:
         items = [f"{_quote(name)}:{_dims(shape)}" for name, shape in self.shapes.items()]
         items += [f"{_quote(name)}=[{','.join(map(str, values))}]" for name, values in self.values.items()]
