@@ -71,6 +71,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
         return st.lists(values(arguments[0]), max_size=2).map(tuple)
     if type(None) in arguments:
         return st.none() | values(next(a for a in arguments if a is not type(None)))
+    if kind is str:
+        return TEXT
     if kind is bool:
         return st.booleans()
     return st.dictionaries(TEXT, JSON, max_size=2)

@@ -275,11 +275,11 @@ def test_a_manifest_that_is_no_file(tmp_path: Path) -> None:
     path = Manifest.path_for(tmp_path / "det.engine")
     assert Manifest.read(tmp_path / "det.engine") is None
     os.mkfifo(path)
-    with pytest.raises(ManifestError, match=r"det\.engine\.json: not a regular file"):
+    with pytest.raises(ManifestError, match=r"det\.engine\.json: cannot be read: not a regular file"):
         Manifest.read(tmp_path / "det.engine")
     path.unlink()
     path.mkdir()
-    with pytest.raises(ManifestError, match=r"det\.engine\.json: (not a regular file|cannot be read: Is a directory)"):
+    with pytest.raises(ManifestError, match=r"det\.engine\.json: cannot be read: (not a regular file|Is a directory)"):
         Manifest.read(tmp_path / "det.engine")
 
 

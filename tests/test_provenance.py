@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import time
 from collections.abc import Callable
@@ -125,6 +126,12 @@ def test_sidecar_without_a_digest(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(
         PlanError, match=r"det\.engine\.sha256: no SHA-256 digest in this file\. Write one with sha256sum"
     ):
+        Sha256Sidecar.read(tmp_path / "det.engine")
+
+
+def test_sidecar_that_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(Sha256Sidecar.path_for(tmp_path / "det.engine"))
+    with pytest.raises(PlanError, match=r"cannot read the checksum beside the plan: not a regular file\."):
         Sha256Sidecar.read(tmp_path / "det.engine")
 
 

@@ -23,7 +23,7 @@ import pytest
 from manifests import MANIFEST, ORIN, PLAN, put
 
 import fakes
-from jetrt.errors import EngineBuildError, ManifestError
+from jetrt.errors import BuildOptionError, EngineBuildError, ManifestError
 from jetrt.provenance import (
     EngineFile,
     Manifest,
@@ -137,6 +137,23 @@ def test_one_at_a_time(tmp_path: Path) -> None:
         thread.join()
     assert most == [1]
     assert names(tmp_path) == []
+
+
+def test_a_name_that_no_manifest_could_hold_is_refused_before_the_build(tmp_path: Path) -> None:
+    with pytest.raises(
+        BuildOptionError, match=r'"a\\\\b\.engine" is not a file name without a folder\. Give another --engine\.'
+    ):
+        lock_once(tmp_path / "a\\b.engine")
+    with pytest.raises(BuildOptionError, match=r"xxx: the name has 231 bytes and may have 230\. Give another"):
+        lock_once(tmp_path / ("x" * 231))
+    final = tmp_path / ("x" * 230)
+    manifest = replace(MANIFEST, engine=replace(MANIFEST.engine, file=final.name))
+
+    def make(temporary: Path) -> Manifest:
+        temporary.write_bytes(PLAN)
+        return manifest
+
+    assert build_once(final, KEY, make) == (manifest, True)
 
 
 def test_an_error_inside_frees_it(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from .. import platform
 from ..errors import ManifestError
 from ._json import InvalidError, Json, Rule, parse, plain, reader, shown
-from .names import sha256_of
+from .names import read_regular, sha256_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -73,7 +72,7 @@ class ModelFile:
     sha256: Sha256
     files: tuple[FileHash, ...]
     opset: Count | None
-    producer: Line | None
+    producer: str | None
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ class Machine:
 class Tensor:
     """An input or output; -1 is a dynamic dimension."""
 
-    name: Line
+    name: str
     dtype: Line
     shape: tuple[Dimension, ...]
     location: Literal["device", "host"]
@@ -160,7 +159,7 @@ class Parity:
 
     state: Literal["passed", "failed", "not run"]
     #: Why it was not run, or what failed.
-    reason: Line | None
+    reason: str | None
     reference: Json
     thresholds: Json
     cases: tuple[Json, ...]
@@ -253,16 +252,10 @@ class Manifest:
         """The manifest beside a plan, ``None`` when there is none."""
         path = Manifest.path_for(engine)
         try:
-            # Not blocked by a named pipe, and not by an endless device.
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            with os.fdopen(fd, "rb") as file:
-                if not stat.S_ISREG(os.fstat(fd).st_mode):
-                    raise _refused(str(path), "", "not a regular file")
-                return Manifest.from_json(file.read(LARGEST + 1), path=path)
-        except FileNotFoundError:
-            return None
+            data = read_regular(path, LARGEST + 1)
         except OSError as error:
             raise _refused(str(path), "", f"cannot be read: {error.strerror}") from error
+        return None if data is None else Manifest.from_json(data, path=path)
 
 
 def _read(value: Json, name: str) -> Manifest:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +24,8 @@ _NAME = re.compile(
     r"_trt(?P<tensorrt>\d+(?:\.\d+){1,3})_(?P<precision>[a-z][a-z0-9]*)\.engine",
     re.ASCII,
 )
-# Linux allows 255 bytes; temporary files put up to 20 around the name.
-_LONGEST = 230
+#: Bytes. Linux allows 255; temporary files put up to 20 around the name.
+LONGEST_NAME = 230
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class EngineFilenameSchema:
             if not model.isprintable()
             else None
         )
-        if problem is None and len(str(self).encode()) > _LONGEST:
-            problem = f"makes a file name of {len(str(self).encode())} bytes; at most {_LONGEST} are allowed"
+        if problem is None and len(str(self).encode()) > LONGEST_NAME:
+            problem = f"makes a file name of {len(str(self).encode())} bytes; at most {LONGEST_NAME} are allowed"
         if problem is not None:
             raise BuildOptionError(
                 f"model name {model!r} {problem}. Give the model another name, or name the plan with --engine.",
@@ -130,14 +132,14 @@ class Sha256Sidecar:
         """The sidecar of a plan, ``None`` when there is none. Raises `PlanError` when it holds no digest."""
         path = cls.path_for(engine)
         try:
-            with path.open("rb") as file:
-                words = file.read(8192).decode(errors="replace").split(maxsplit=1)
-        except FileNotFoundError:
-            return None
+            data = read_regular(path, 8192)
         except OSError as error:
             raise PlanError(
                 f"{path}: cannot read the checksum beside the plan: {error.strerror}.", path=str(path)
             ) from error
+        if data is None:
+            return None
+        words = data.decode(errors="replace").split(maxsplit=1)
         digest = words[0].lower() if words else ""
         if not re.fullmatch("[0-9a-f]{64}", digest):
             raise PlanError(
@@ -166,6 +168,21 @@ class Sha256Sidecar:
                 found=found,
                 allowed=self.sha256,
             )
+
+
+def read_regular(path: Path, limit: int) -> bytes | None:
+    """At most `limit` bytes of a file, ``None`` when there is none.
+
+    Raises `OSError`, also for a named pipe (which nobody may ever write to) and for a device (which may never end).
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return file.read(limit)
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

@@ -20,9 +20,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import EngineBuildError, ManifestError, PlanError
-from .manifest import Manifest
-from .names import Sha256Sidecar, sha256_of
+from ..errors import BuildOptionError, EngineBuildError, ManifestError, PlanError
+from ._json import InvalidError, reader
+from .manifest import FileName, Manifest
+from .names import LONGEST_NAME, Sha256Sidecar, sha256_of
 
 if TYPE_CHECKING:
     from .manifest import Machine
@@ -43,9 +44,10 @@ def engine_lock(
 
     The lock belongs to an open file, so that the kernel frees it when its holder dies, however that was. `on_wait` is
     called once for each holder that is waited for, with a sentence that names it. Raises `EngineBuildError` when
-    `timeout` seconds pass, and when the folder cannot be written, which is better known before a long build.
+    `timeout` seconds pass, and when the name or the folder cannot be used, which is better known before a long build.
     """
     path = Path(path)
+    _check_name(path)
     lock = path.with_name(f".{path.name}.lock")
     until = None if timeout is None else time.monotonic() + timeout
     told = None
@@ -67,6 +69,19 @@ def engine_lock(
         with contextlib.suppress(OSError):
             lock.unlink()
         os.close(fd)
+
+
+def _check_name(path: Path) -> None:
+    """Refuses a name that could not be published in the end."""
+    allowed = f"a file name of at most {LONGEST_NAME} bytes"
+    try:
+        reader(FileName)(path.name)
+        if len(path.name.encode()) > LONGEST_NAME:
+            raise InvalidError(f"the name has {len(path.name.encode())} bytes and may have {LONGEST_NAME}")
+    except InvalidError as error:
+        raise BuildOptionError(
+            f"{path}: {error}. Give another --engine.", option="engine", found=path.name, allowed=allowed
+        ) from error
 
 
 def _try_lock(lock: Path) -> int | None:
