@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Container, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,16 +61,20 @@ def from_bits(bits: Array) -> Array:
 # ---------------------------------------------------------------------------------------------------------- .npz files
 
 
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error)
+
+
 def load_npz(path: str | os.PathLike[str], option: str) -> dict[str, Array]:
     """Every array of an .npz file; nothing in it is ever unpickled. A file that is none is a `BuildOptionError`."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with Path(path).open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError("it is a single array")
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError as error:
         raise BuildOptionError(f"{option} {path}: there is no such file.", option=option, found=str(path)) from error
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, NotImplementedError, *_ZIP_ERRORS) as error:
         raise BuildOptionError(
             f"{option} {path} is not an .npz file of plain arrays: {error}. "
             "Write it with numpy.savez(file, NAME=array, ...).",

@@ -59,8 +59,8 @@ _DEFAULTS["mixed"] = _DEFAULTS["bf16"]
 class Thresholds:
     """Limits for every output: those of the precision, and changes for outputs by name.
 
-    Limits that let rounding pass let some wrong elements pass with it, the more the shorter the type. A plan of the same
-    model in fp32 is held to limits that only rounding in fp32 meets, and so shows whether every operator is right.
+    Limits that let rounding pass let some wrong elements pass with it, the more the shorter the type. A plan of the
+    same model in fp32 is held to limits that only rounding in fp32 meets: it shows whether every operator is right.
     """
 
     precision: str
