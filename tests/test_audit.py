@@ -130,7 +130,7 @@ def test_the_share_is_weighted_by_the_time_of_matrix_layers():
     with pytest.raises(PrecisionError) as caught:
         check(result, 75.1)
     assert str(caught.value).startswith(
-        "75.0 % of the GEMM and convolution time runs in fp16; require_precision asks for 75.1 %.\n"
+        "75.0 % of the GEMM and convolution time runs in fp16; --require-precision asks for 75.1 %.\n"
         "  fp32: head (1.0000 ms)\n"
     )
     assert caught.value.found == pytest.approx(75)
@@ -313,7 +313,7 @@ def test_an_unknown_request_is_refused():
         BuildOptionError, match=r"precision 'fp12' cannot be audited; allowed: fp32, tf32, fp16"
     ) as caught:
         audit('{"Layers": []}', {}, "fp12")
-    assert caught.value.option == "precision"
+    assert caught.value.option == "--precision"
 
 
 JSON = st.recursive(

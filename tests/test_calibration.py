@@ -137,6 +137,7 @@ def test_iterables(rows):
     whole = open_([{"x": rows[i : i + 2]} for i in range(0, 32, 2)])
     assert whole.shapes == {"x": (2, 4)}
     assert open_([{"x": rows[i : i + 2]} for i in range(0, 32, 2)], batch_size=8).batches == 4
+    assert open_([{"x": rows[i : i + 2]} for i in range(0, 32, 2)], batch_size=1).shapes == {"x": (2, 4)}
 
 
 def test_an_iterable_that_changes_is_refused(rows):
@@ -173,7 +174,7 @@ def test_nan_and_infinity(tmp_path, rows, bad):
 def test_what_is_refused_about_arrays(tmp_path, rows):
     path = tmp_path / "c.npz"
     error = refused(r"nothing for the network's input 'x'; found: 'X'\. Every input needs data", npz(path, X=rows))
-    assert (error.option, error.found, error.allowed) == ("calib_data", ["X"], ["x"])
+    assert (error.option, error.found, error.allowed) == ("--calib-data", ["X"], ["x"])
     refused(r"input 'x' is float64; the network takes float32\. Convert it", npz(path, x=rows.astype(float)))
     refused(
         r"a sample of input 'x' has 0 dimensions \[\]; the network's input has 2: \[-1, 4\]", npz(path, x=rows[:, 0])
@@ -181,7 +182,7 @@ def test_what_is_refused_about_arrays(tmp_path, rows):
     refused(r"would be calibrated with \[8, 3\]; the profile allows \[1, 4\] to \[16, 4\]", npz(path, x=rows[:, :3]))
     refused(r"would be calibrated with \[32, 4\]; the profile allows", npz(path, x=rows), batch_size=32)
     refused(
-        r"30 samples of input 'x' do not fill batches of 8: the last would hold 6\. Remove 6, or choose a batch size",
+        r"30 samples of input 'x' do not fill batches of 8: the last would hold 6\. Remove 6, or choose a --calib-b",
         npz(path, x=rows[:30]),
     )
     refused(r"array 'x' has the shape \(0, 4\); its first axis must be the samples", npz(path, x=rows[:0]))
@@ -193,7 +194,7 @@ def test_the_minimum(tmp_path, rows):
     path = npz(tmp_path / "c.npz", x=rows)
     error = refused(
         r"c\.npz: 32 samples are fewer than 500, which int8 calibration should have at least\. "
-        r"Add data, or accept fewer with `calib_min_samples` \(--calib-min-samples 32\)",
+        r"Add data, or accept fewer with --calib-min-samples 32",
         path,
         minimum=MINIMUM_SAMPLES,
     )
@@ -207,8 +208,8 @@ def test_no_data_is_an_error_and_never_random():
 
 
 def test_sources_of_another_kind(tmp_path, rows):
-    refused("calib_data is a dict; allowed: a path, an iterable of mappings, or a function", {"x": rows})
-    refused("calib_data is a int", 3)
+    refused("--calib-data is a dict; allowed: a path, an iterable of mappings, or a function", {"x": rows})
+    refused("--calib-data is a int", 3)
     refused("there is no such file", tmp_path / "nowhere.npz")
     (tmp_path / "text.npz").write_text("hello")
     refused("is not an .npz file of plain arrays", tmp_path / "text.npz")
@@ -367,7 +368,7 @@ def test_without_pillow_the_error_says_what_to_install(folder, monkeypatch):
 def test_preprocessing_text_that_is_refused(text, message):
     with pytest.raises(BuildOptionError, match=message) as caught:
         Preprocessing.parse(text)
-    assert caught.value.option == "calib_preprocess"
+    assert caught.value.option == "--calib-preprocess"
     assert Preprocessing.SYNTAX in str(caught.value)
 
 

@@ -260,7 +260,7 @@ def audit(
     if requested not in ACCEPTED:
         raise BuildOptionError(
             f"precision {requested!r} cannot be audited; allowed: {', '.join(ACCEPTED)}",
-            option="precision",
+            option="--precision",
             found=requested,
             allowed=list(ACCEPTED),
         )
@@ -312,7 +312,7 @@ def check(result: Audit, required_percent: float) -> None:
         return
     lines = [
         f"{'an unknown part' if found is None else f'{found:.1f} %'} of the GEMM and convolution "
-        f"{result.weighted_by} runs in {result.requested}; require_precision asks for {required_percent:g} %."
+        f"{result.weighted_by} runs in {result.requested}; --require-precision asks for {required_percent:g} %."
     ]
     others = [
         row
@@ -327,7 +327,7 @@ def check(result: Audit, required_percent: float) -> None:
     lines += [f"  {finding}" for finding in result.findings[1:]]
     lines.append(
         "Next step: look at these layers with `jetrt inspect`; strong typing or another --opt-level may place them, or "
-        "lower require_precision if they may stay."
+        "lower --require-precision if they may stay."
     )
     raise PrecisionError("\n".join(lines), found=found, allowed=required_percent)
 

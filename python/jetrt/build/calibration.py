@@ -35,7 +35,7 @@ MINIMUM_SAMPLES = 500
 _IMAGES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 
 
-def _refuse(message: str, *, option: str = "calib_data", found: Any = None, allowed: Any = None) -> BuildOptionError:
+def _refuse(message: str, *, option: str = "--calib-data", found: Any = None, allowed: Any = None) -> BuildOptionError:
     return BuildOptionError(message, option=option, found=found, allowed=allowed)
 
 
@@ -65,7 +65,7 @@ class _Npz(_Items):
     kind = "npz"
 
     def __init__(self, path: Path, inputs: Sequence[NetworkInput]) -> None:
-        arrays = load_npz(path, "calib_data")
+        arrays = load_npz(path, "--calib-data")
         self.name = str(path)
         missing = [one.name for one in inputs if one.name not in arrays]
         if missing:
@@ -283,14 +283,15 @@ def load(
 
     An array of an .npz file has its samples along the first axis: either rows of the input (rank of the input; they are
     taken together until the input's first dimension is full) or whole inputs (one rank more). An item of an iterable is
-    a row (one rank less) or a whole input. What the profile leaves open comes from the data; a first dimension that
-    both leave open is `batch_size`, else the profile's opt. The content is checked as it is read (`check` reads all).
+    a row (one rank less) or a whole input, which is never cut. What the profile leaves open comes from the data; a first
+    dimension that both leave open is `batch_size`, else the profile's opt. The content is checked as it is read
+    (`CalibrationData.check` reads all).
 
     Raises `BuildOptionError` where something is missing, does not fit, or the last batch would be short.
     """
     if source is None:
         raise _refuse(
-            "int8 calibration needs data, and none were given; they are never made up. Give `calib_data`: an .npz file "
+            "int8 calibration needs data, and none were given; they are never made up. Give --calib-data: an .npz file "
             "with one array for each input, a folder of images, or an iterable. A model with Q/DQ nodes needs none."
         )
     items = _open(source, inputs, preprocessing)
@@ -310,7 +311,7 @@ def load(
         if count % size:
             raise _refuse(
                 f"{items.name}: {count} samples of input {one.name!r} do not fill batches of {size}: the last would "
-                f"hold {count % size}. Remove {count % size}, or choose a batch size that divides {count}.",
+                f"hold {count % size}. Remove {count % size}, or choose a --calib-batch that divides {count}.",
                 found=count,
                 allowed=f"a multiple of {size}",
             )
@@ -322,7 +323,7 @@ def load(
     if samples < minimum:
         raise _refuse(
             f"{items.name}: {samples} samples are fewer than {minimum}, which int8 calibration should have at least. "
-            f"Add data, or accept fewer with `calib_min_samples` (--calib-min-samples {samples}).",
+            f"Add data, or accept fewer with --calib-min-samples {samples}.",
             found=samples,
             allowed=minimum,
         )
@@ -344,7 +345,7 @@ def _open(source: Any, inputs: Sequence[NetworkInput], preprocessing: Preprocess
     if not isinstance(source, (str, os.PathLike)):
         if isinstance(source, Mapping) or not (callable(source) or isinstance(source, Iterable)):
             raise _refuse(
-                f"calib_data is a {type(source).__name__}; allowed: a path, an iterable of mappings, or a function "
+                f"--calib-data is a {type(source).__name__}; allowed: a path, an iterable of mappings, or a function "
                 "that returns one.",
                 found=type(source).__name__,
             )
@@ -356,13 +357,13 @@ def _open(source: Any, inputs: Sequence[NetworkInput], preprocessing: Preprocess
             raise _refuse(
                 f"{path}: say how its images become tensors, exactly as the application does it: "
                 f"--calib-preprocess {Preprocessing.SYNTAX}",
-                option="calib_preprocess",
+                option="--calib-preprocess",
             )
         return _Images(path, inputs, preprocessing)
     if preprocessing is not None:
         raise _refuse(
             f"{path or 'the calibration data'}: preprocessing is for a folder of images; arrays are used as they are.",
-            option="calib_preprocess",
+            option="--calib-preprocess",
         )
     return _Npz(path, inputs) if path is not None else _Iterable(source, inputs)
 
@@ -384,7 +385,7 @@ def _calibration_shape(
         )
     rows = item.shape[0] if whole else 1
     fixed = allowed.min[0] == allowed.max[0]
-    lead = allowed.opt[0] if fixed else batch_size or (rows if whole else allowed.opt[0])
+    lead = allowed.opt[0] if fixed else max(batch_size or 0, rows) if whole else batch_size or allowed.opt[0]
     shape = (lead, *item.shape[whole:])
     if any(not low <= size <= high for low, size, high in zip(allowed.min, shape, allowed.max, strict=True)):
         raise _refuse(

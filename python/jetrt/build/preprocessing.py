@@ -104,7 +104,7 @@ class Preprocessing:
             problem = f"{', '.join(missing)} must be stated"
         if problem:
             raise _refused(
-                f"preprocessing {text!r}: {problem}. The form is {cls.SYNTAX}", option="calib_preprocess", found=text
+                f"preprocessing {text!r}: {problem}. The form is {cls.SYNTAX}", option="--calib-preprocess", found=text
             )
         return cls(**given)
 
@@ -153,4 +153,4 @@ class Preprocessing:
 
 
 def _refused(message: str, **fields: Any) -> BuildOptionError:
-    return BuildOptionError(message, **{"option": "calib_preprocess", **fields})
+    return BuildOptionError(message, **{"option": "--calib-preprocess", **fields})
