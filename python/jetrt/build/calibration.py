@@ -283,8 +283,8 @@ def load(
 
     An array of an .npz file has its samples along the first axis: either rows of the input (rank of the input; they are
     taken together until the input's first dimension is full) or whole inputs (one rank more). An item of an iterable is
-    a row (one rank less) or a whole input, which is never cut. What the profile leaves open comes from the data; a first
-    dimension that both leave open is `batch_size`, else the profile's opt. The content is checked as it is read
+    a row (one rank less) or a whole input, which is never cut. What the profile leaves open comes from the data; a
+    first dimension that both leave open is `batch_size`, else the profile's opt. The content is checked as it is read
     (`CalibrationData.check` reads all).
 
     Raises `BuildOptionError` where something is missing, does not fit, or the last batch would be short.
