@@ -1,0 +1,1 @@
+"""Commands of `jetrt`, one module each; `jetrt.cli` puts them together."""
