@@ -422,6 +422,7 @@ def test_torch_that_fails(torch, tmp_path):
         compute("m.onnx", {"a": A}, torch_model=tmp_path / "m.pt")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_torchscript(tmp_path):
     torch = pytest.importorskip("torch")
 
