@@ -69,7 +69,8 @@ def major(version: str) -> int:
 
 @functools.cache
 def library_dir(version: str = VERSION) -> Path:
-    """A folder with `libcuda.so.1`, `libnvinfer.so.N` and `libnvinfer_plugin.so.N`, N the version's major number."""
+    """A folder with `libcuda.so.1`, `libnvinfer.so.N`, `libnvinfer_plugin.so.N` and `libnvonnxparser.so.N`, N the
+    version's major number. The last three are one file, so the parser sees what is inside the builder's networks."""
     cuda, nvinfer = _built()
     number = major(version)
     folder = TARGET / f"lib{number}"
@@ -87,6 +88,7 @@ def library_dir(version: str = VERSION) -> Path:
     # The name inside the file follows the major version; both have the same length.
     _place(nvinfer.read_bytes().replace(b"libnvinfer.so.10\0", name.encode() + b"\0"), folder / name)
     _link(folder / f"libnvinfer_plugin.so.{number}", name)
+    _link(folder / f"libnvonnxparser.so.{number}", name)
     return folder
 
 
@@ -228,7 +230,11 @@ class FakeTrt(_Fake):
     """The TensorRT stand-in of this process."""
 
     _prefix = "fake_trt"
-    KINDS = ("IRuntime", "ICudaEngine", "IExecutionContext", "IHostMemory", "IEngineInspector")
+    KINDS = (
+        *("IRuntime", "ICudaEngine", "IExecutionContext", "IHostMemory", "IEngineInspector", "IRefitter"),
+        *("IBuilder", "IBuilderConfig", "INetworkDefinition", "ITensor", "ILayer", "IOptimizationProfile"),
+        *("ITimingCache", "IParser", "IParserError", "IParserRefitter"),
+    )
 
     def __init__(self) -> None:
         super().__init__(str(Path(os.environ[MARK]) / f"libnvinfer.so.{major(os.environ['FAKE_TRT_VERSION'])}"))
@@ -349,6 +355,11 @@ def plan_bytes(
     name, device_memory, weights_bytes, nodes, aux_streams: numbers and names of the engine
     log [[severity, text], …], foreign_model (warns of another GPU model), host_code, sm (another compute capability)
     fail "deserialize" | "context" | "shapes" | "enqueue", in_capture "differ" | "empty" | "fail" | "sync"
+    run "crash" | "abort" | "exit" | "kill" | "hang" (in enqueue) | "lost" (the device, when the work runs)
+    run_log [[severity, text], …] at each enqueue, ms: how long the work takes
+    differ true | "nan" | a relative error: how the outputs are wrong
+    every: fail "enqueue", run, run_log and differ happen at every n-th enqueue only
+    compute "float32" | "tf32" | "float16" | "bfloat16": what `affine` rounds its operands to
     """
     content = dict(_ready(program)) if isinstance(program, str) else dict(program)
     content.update(fields)
@@ -390,6 +401,211 @@ def dit5_reference(
         total += kept[:, row]
     mean = total / np.float32(vl.shape[1])
     return np.asarray(sa.astype(np.float32) + mean[:, None, :] + timestep.astype(np.float32), np.float32)
+
+
+def plan_content(plan: bytes | str | os.PathLike[str]) -> dict[str, Any]:
+    """What is in a plan of the stand-ins. One that their builder made says under "built" what it was built with: flags,
+    pools, precisions (by layer), scales, tactic_sources, timing_cache, …, and each one-number setter by its name."""
+    data = plan if isinstance(plan, bytes) else Path(plan).read_bytes()
+    return dict(json.loads(data[28:]))
+
+
+# ONNX files -----------------------------------------------------------------------------------------------------------
+
+_FIRST = ("float32", "uint8", "int8", "uint16", "int16", "int32", "int64", "string", "bool", "float16", "float64")
+ONNX_TYPES = {name: i + 1 for i, name in enumerate(_FIRST)} | {"complex64": 14, "bfloat16": 16, "float8_e4m3fn": 17}
+
+
+def _varint(n: int) -> bytes:
+    n &= (1 << 64) - 1
+    result = bytearray()
+    while n > 0x7F:
+        result.append(n & 0x7F | 0x80)
+        n >>= 7
+    return bytes([*result, n])
+
+
+def _field(number: int, value: int | float | str | bytes) -> bytes:
+    if isinstance(value, float):
+        return _varint(number << 3 | 5) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    data = value.encode() if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _onnx_value(name: str, dtype: str, shape: Sequence[int | str] | None) -> bytes:
+    dims = b"".join(_field(1, _field(1 if isinstance(d, int) else 2, d)) for d in shape or ())
+    kind = _field(1, ONNX_TYPES[dtype]) + (b"" if shape is None else _field(2, dims))
+    return _field(1, name) + _field(2, _field(1, kind))
+
+
+def _onnx_tensor(name: str, array: np.ndarray[Any, Any], external: tuple[str, int] | None = None) -> bytes:
+    data = b"".join(_field(1, d) for d in array.shape) + _field(2, ONNX_TYPES[array.dtype.name]) + _field(8, name)
+    if external is None:
+        return data + _field(9, array.tobytes())
+    place = {"location": external[0], "offset": str(external[1]), "length": str(array.nbytes)}
+    return data + b"".join(_field(13, _field(1, k) + _field(2, v)) for k, v in place.items()) + _field(14, 1)
+
+
+def _onnx_attribute(name: str, value: Any) -> bytes:
+    if isinstance(value, np.ndarray):
+        return _field(1, name) + _field(5, _onnx_tensor("", value)) + _field(20, 4)
+    if isinstance(value, (list, tuple)):
+        return _field(1, name) + b"".join(_field(8, v) for v in value) + _field(20, 7)
+    number, kind = {float: (2, 1), int: (3, 2), str: (4, 3)}[type(value)]
+    return _field(1, name) + _field(number, value) + _field(20, kind)
+
+
+def node(op: str, inputs: Sequence[str], outputs: Sequence[str], name: str | None = None, **attributes: Any) -> bytes:
+    """A node of an ONNX graph; its name is the first output's with a slash before it, unless given ("" for none)."""
+    data = b"".join(_field(1, i) for i in inputs) + b"".join(_field(2, o) for o in outputs)
+    data += _field(3, f"/{outputs[0]}" if name is None else name) + _field(4, op)
+    return data + b"".join(_field(5, _onnx_attribute(key, value)) for key, value in attributes.items())
+
+
+def _ready_model(model: str) -> dict[str, Any]:
+    w, b = _mlp_weights()
+    if model == "mlp":
+        return {
+            "nodes": [node("MatMul", ["x", "w"], ["product"]), node("Add", ["product", "b"], ["y"])],
+            "inputs": [("x", "float32", ["batch", 64])],
+            "outputs": [("y", "float32", ["batch", 10])],
+            "weights": {"w": w, "b": b},
+        }
+    if model == "norm":
+        ones = np.ones(10, np.float32)
+        return {
+            "nodes": [
+                node("MatMul", ["x", "w"], ["first"]),
+                node("LayerNormalization", ["first", "scale", "b"], ["norm"], axis=-1, epsilon=1e-5),
+                node("Relu", ["norm"], ["relu"]),
+                node("MatMul", ["relu", "v"], ["y"]),
+            ],
+            "inputs": [("x", "float32", ["batch", 64])],
+            "outputs": [("y", "float32", ["batch", 64])],
+            "weights": {"w": w, "b": b, "scale": ones, "v": np.ascontiguousarray(w.T)},
+        }
+    if model == "qdq":
+        scale, zero = np.array(1 / 16, np.float32), np.array(0, np.int8)
+        return {
+            "nodes": [
+                node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+                node("DequantizeLinear", ["q", "scale", "zero"], ["dq"]),
+                node("DequantizeLinear", ["w8", "w_scale", "zero"], ["w"]),
+                node("MatMul", ["dq", "w"], ["product"]),
+                node("Add", ["product", "b"], ["y"]),
+            ],
+            "inputs": [("x", "float32", ["batch", 64])],
+            "outputs": [("y", "float32", ["batch", 10])],
+            "weights": {
+                "scale": scale,
+                "zero": zero,
+                "w8": (w * 8).astype(np.int8),
+                "w_scale": np.array(0.125, np.float32),
+                "b": b,
+            },
+        }
+    if model == "conv":
+        kernel = (np.arange(4 * 3 * 3 * 3) % 7 - 3).reshape(4, 3, 3, 3).astype(np.float32) / 8
+        return {
+            "nodes": [
+                node("Conv", ["x", "k"], ["conv"], pads=[1, 1, 1, 1], strides=[1, 1], kernel_shape=[3, 3]),
+                node("Relu", ["conv"], ["relu"]),
+                node("GlobalAveragePool", ["relu"], ["mean"]),
+                node("Flatten", ["mean"], ["y"]),
+            ],
+            "inputs": [("x", "float32", ["batch", 3, 8, 8])],
+            "outputs": [("y", "float32", ["batch", 4])],
+            "weights": {"k": kernel},
+        }
+    if model == "add":
+        return {
+            "nodes": [node("Add", ["a", "b"], ["y"])],
+            "inputs": [("a", "float32", ["n", 8]), ("b", "float32", ["n", 8])],
+            "outputs": [("y", "float32", ["n", 8])],
+        }
+    if model == "copy":
+        return {
+            "nodes": [node("Identity", ["x"], ["y"])],
+            "inputs": [("x", "float32", ["n", 4])],
+            "outputs": [("y", "float32", ["n", 4])],
+        }
+    if model == "nonzero":
+        return {
+            "nodes": [node("NonZero", ["x"], ["y"])],
+            "inputs": [("x", "float32", ["n", 4])],
+            "outputs": [("y", "int64", [2, "count"])],
+        }
+    if model == "shape_input":
+        return {
+            "nodes": [node("Expand", ["x", "size"], ["y"])],
+            "inputs": [("x", "float32", [1]), ("size", "int64", [2])],
+            "outputs": [("y", "float32", ["rows", "columns"])],
+            "plan": {"program": "shape_input"},
+        }
+    raise ValueError(f"no ready model {model!r}")
+
+
+def onnx_bytes(
+    model: str | Mapping[str, Any] = "mlp", *, external: str | None = None, folder: Path | None = None, **fields: Any
+) -> bytes:
+    """An ONNX file. `model` names a ready one (mlp, norm, qdq, conv, add, copy, nonzero, shape_input) or is its fields;
+    `fields` are set on top:
+
+    nodes [node(…), …], inputs and outputs [(name, dtype, shape), …] (a name in a shape is a dynamic dimension)
+    values: the same for tensors inside, weights {name: array}
+    opset, domains {name: version}, producer, metadata {key: text}
+    plan: the fields of a plan (see `plan_bytes`) that say what the built engine computes. Without, the stand-in runs
+        the nodes itself, where it knows each of them (fakes/nvinfer/src/graph.rs), in the precision each layer was
+        built with; else the build fails with "fake: no program for this model". Of its `io`, `location` and `debug`
+        count, by name.
+    build: what goes wrong, see below. FAKE_TRT_BUILD in the environment says the same for every model and wins, key by
+        key. Setters called before a parse know the environment alone.
+
+    With `external` the weights lie in that file of `folder`, which is written.
+
+    Keys of `build`, about the build itself:
+    log [[severity, text], …], seconds it takes (with progress callbacks unless `silent`), memory: bytes eaten meanwhile
+    outcome "crash" | "abort" | "exit" | "kill" | "hang" | "null" (no plan, and no line about it)
+    parse {…}: the same four while parsing
+    ignore: setters, flags and pools that do not take ("FP16", "WORKSPACE", "setMaxAuxStreams", "setPrecision",
+        "setOutputType", "setType", "setAllowedFormats", "profile", "setInt8Calibrator", "parserFlag", …)
+    keep_fp32: patterns of layers that stay float32 whatever was asked
+    foreign: true for one layer whose inside is hidden
+    needs_workspace: bytes without which no tactic is found
+    About the engine: load_log (the plan's `log`), fail, run, run_log, every, differ, ms, in_capture, aux_streams
+    levels {"3": {…}}: any of these for builds of that optimisation level
+    """
+    content = dict(_ready_model(model)) if isinstance(model, str) else dict(model)
+    content.update(fields)
+    weights = {name: np.asarray(array) for name, array in content.get("weights", {}).items()}
+    blob = b""
+    stored = []
+    for name, array in weights.items():
+        stored.append(_onnx_tensor(name, array, (external, len(blob)) if external else None))
+        blob += array.tobytes()
+    if external and folder is not None:
+        (folder / external).write_bytes(blob)
+    graph = b"".join(_field(1, one) for one in content["nodes"]) + _field(2, "graph")
+    graph += b"".join(_field(5, one) for one in stored)
+    for number, key in ((11, "inputs"), (12, "outputs"), (13, "values")):
+        graph += b"".join(_field(number, _onnx_value(*one)) for one in content.get(key, ()))
+    metadata = dict(content.get("metadata", {}))
+    for key in ("plan", "build"):
+        if key in content:
+            metadata[f"fake_{key}"] = json.dumps(content[key])
+    data = _field(1, 8) + _field(2, content.get("producer", "fakes")) + _field(7, graph)
+    for domain, opset in {"": content.get("opset", 17), **content.get("domains", {})}.items():
+        data += _field(8, _field(1, domain) + _field(2, opset))
+    return data + b"".join(_field(14, _field(1, key) + _field(2, value)) for key, value in metadata.items())
+
+
+def onnx_model(path: str | os.PathLike[str], model: str | Mapping[str, Any] = "mlp", **more: Any) -> Path:
+    """Writes what `onnx_bytes` gives; `external` is the name of a file beside it."""
+    result = Path(path)
+    result.write_bytes(onnx_bytes(model, folder=result.parent, **more))
+    return result
 
 
 def main(arguments: list[str]) -> None:

@@ -32,6 +32,7 @@ driver! {
     retain = "cuDevicePrimaryCtxRetain": fn(*mut u64, i32) -> i32;
     device = "cuCtxGetDevice": fn(*mut i32) -> i32;
     attribute = "cuDeviceGetAttribute": fn(*mut i32, i32, i32) -> i32;
+    total = "cuDeviceTotalMem_v2": fn(*mut usize, i32) -> i32;
     alloc = "cuMemAlloc_v2": fn(*mut u64, usize) -> i32;
     free = "cuMemFree_v2": fn(u64) -> i32;
     synchronize = "cuStreamSynchronize": fn(u64) -> i32;
@@ -60,6 +61,19 @@ pub fn check(code: i32, what: &str) -> Result<(), String> {
         2 => Err(format!("Error Code 1: Cuda Runtime (In {what}: out of memory)")),
         code => Err(format!("Error Code 1: Cuda Runtime (In {what}: CUDA error {code})")),
     }
+}
+
+/// Compute capability of the current device, as 90 for 9.0.
+pub fn sm() -> Result<i64, String> {
+    let driver = driver()?;
+    let device = driver.attach()?;
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: plain driver calls.
+    unsafe {
+        check((driver.attribute)(&mut major, 75, device), "cuDeviceGetAttribute")?;
+        check((driver.attribute)(&mut minor, 76, device), "cuDeviceGetAttribute")?;
+    }
+    Ok(i64::from(major * 10 + minor))
 }
 
 impl Driver {

@@ -1,14 +1,13 @@
-//! ICudaEngine and IEngineInspector.
+//! ICudaEngine.
 
-use std::ffi::{c_char, CStr, CString};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::ffi::{c_char, CStr};
+use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::sync::Arc;
 
-use serde_json::json;
-
-use crate::abi::{allocation_strategy, data_type, engine as slots, gpu_allocator, inspector, tensor_format, Slot};
+use crate::abi::{allocation_strategy, data_type, engine as slots, gpu_allocator, tensor_format, Slot};
 use crate::context::Context;
 use crate::driver::{check, driver};
+use crate::inspector::Inspector;
 use crate::object::{make, user_method, Class, Object, Public};
 use crate::plan::{width, Dims, Plan, Tensor};
 use crate::record::mistake;
@@ -21,6 +20,8 @@ pub struct Engine {
     pub weights: Arc<Memory>,
     pub allocator: usize,
     pub device: i32,
+    /// Bytes of weights that stay on the device, of an engine built for streaming them.
+    budget: AtomicI64,
     engines: Arc<AtomicUsize>,
     contexts: Arc<AtomicUsize>,
 }
@@ -92,6 +93,7 @@ impl Engine {
             weights,
             allocator,
             device,
+            budget: AtomicI64::new(-2),
             engines,
             contexts: Arc::new(AtomicUsize::new(0)),
         })
@@ -136,7 +138,7 @@ impl Class for Engine {
             (slots::GET_DEVICE_MEMORY_SIZE_V2, memory_size as *const () as usize),
             (slots::GET_DEVICE_MEMORY_SIZE_FOR_PROFILE, memory_size_for as *const () as usize),
             (slots::GET_DEVICE_MEMORY_SIZE_FOR_PROFILE_V2, memory_size_for as *const () as usize),
-            (slots::IS_REFITTABLE, never as *const () as usize),
+            (slots::IS_REFITTABLE, is_refittable as *const () as usize),
             (slots::GET_NAME, name as *const () as usize),
             (slots::GET_NB_OPTIMIZATION_PROFILES, nb_profiles as *const () as usize),
             (slots::GET_PROFILE_TENSOR_VALUES, profile_values_32 as *const () as usize),
@@ -145,8 +147,8 @@ impl Class for Engine {
             (slots::SET_ERROR_RECORDER, set_recorder as *const () as usize),
             (slots::GET_ERROR_RECORDER, get_recorder as *const () as usize),
             (slots::HAS_IMPLICIT_BATCH_DIMENSION, never as *const () as usize),
-            (slots::GET_TACTIC_SOURCES, zero as *const () as usize),
-            (slots::GET_PROFILING_VERBOSITY, zero as *const () as usize),
+            (slots::GET_TACTIC_SOURCES, tactic_sources as *const () as usize),
+            (slots::GET_PROFILING_VERBOSITY, verbosity as *const () as usize),
             (slots::CREATE_ENGINE_INSPECTOR, create_inspector as *const () as usize),
             (slots::GET_TENSOR_SHAPE, tensor_shape as *const () as usize),
             (slots::GET_TENSOR_DATA_TYPE, tensor_dtype as *const () as usize),
@@ -166,14 +168,14 @@ impl Class for Engine {
             (slots::GET_PROFILE_SHAPE, profile_shape as *const () as usize),
             (slots::GET_NB_IO_TENSORS, nb_io as *const () as usize),
             (slots::GET_IO_TENSOR_NAME, io_name as *const () as usize),
-            (slots::GET_HARDWARE_COMPATIBILITY_LEVEL, zero as *const () as usize),
+            (slots::GET_HARDWARE_COMPATIBILITY_LEVEL, hardware as *const () as usize),
             (slots::GET_NB_AUX_STREAMS, nb_aux_streams as *const () as usize),
             (slots::SET_WEIGHT_STREAMING_BUDGET, set_budget as *const () as usize),
             (slots::SET_WEIGHT_STREAMING_BUDGET_V2, set_budget as *const () as usize),
-            (slots::GET_WEIGHT_STREAMING_BUDGET, zero as *const () as usize),
-            (slots::GET_WEIGHT_STREAMING_BUDGET_V2, zero as *const () as usize),
+            (slots::GET_WEIGHT_STREAMING_BUDGET, get_budget as *const () as usize),
+            (slots::GET_WEIGHT_STREAMING_BUDGET_V2, get_budget as *const () as usize),
             (slots::GET_MINIMUM_WEIGHT_STREAMING_BUDGET, zero as *const () as usize),
-            (slots::GET_STREAMABLE_WEIGHTS_SIZE, zero as *const () as usize),
+            (slots::GET_STREAMABLE_WEIGHTS_SIZE, streamable as *const () as usize),
             (slots::GET_WEIGHT_STREAMING_AUTOMATIC_BUDGET, zero as *const () as usize),
             (slots::GET_WEIGHT_STREAMING_SCRATCH_MEMORY_SIZE, zero as *const () as usize),
             (slots::IS_DEBUG_TENSOR, is_debug as *const () as usize),
@@ -308,12 +310,7 @@ unsafe extern "C" fn create_inspector(this: This) -> *mut Public {
     if !allowed(&engine.reporter, "ICudaEngine", "createEngineInspector") {
         return std::ptr::null_mut();
     }
-    make(Inspector {
-        plan: engine.plan.clone(),
-        reporter: engine.reporter,
-        context: 0,
-        text: CString::default(),
-    })
+    make(Inspector::new(engine))
 }
 
 unsafe extern "C" fn tensor_shape(this: This, name: *const c_char) -> Dims {
@@ -412,9 +409,68 @@ unsafe extern "C" fn nb_aux_streams(this: This) -> i32 {
     Object::body(this).plan.aux_streams as i32
 }
 
-unsafe extern "C" fn set_budget(_: This, _: i64) -> bool {
-    // Not built with weight streaming.
+fn streams(engine: &Engine) -> bool {
+    engine.plan.content["weight_streaming"] == true
+}
+
+unsafe extern "C" fn streamable(this: This) -> i64 {
+    let engine = Object::body(this);
+    if streams(engine) {
+        engine.plan.weights_bytes as i64
+    } else {
+        0
+    }
+}
+
+unsafe extern "C" fn get_budget(this: This) -> i64 {
+    let engine = Object::body(this);
+    match engine.budget.load(Ordering::Relaxed) {
+        -2 => streamable(this),
+        budget => budget,
+    }
+}
+
+unsafe extern "C" fn set_budget(this: This, budget: i64) -> bool {
+    let engine = Object::body(this);
+    let why = if !streams(engine) {
+        "This engine was not built with weight streaming support. This engine must be rebuilt by setting BuilderFlag::kWEIGHT_STREAMING during build time."
+    } else if engine.contexts.load(Ordering::Relaxed) > 0 {
+        "The weight streaming budget cannot be modified while there are active IExecutionContexts."
+    } else if !(0..=engine.plan.weights_bytes as i64).contains(&budget) {
+        "The weight streaming budget must be at least 0 and at most the streamable weights' size."
+    } else {
+        if allowed(&engine.reporter, "ICudaEngine", "setWeightStreamingBudgetV2") {
+            engine.budget.store(budget, Ordering::Relaxed);
+            return true;
+        }
+        return false;
+    };
+    engine.reporter.error(&format!(
+        "ICudaEngine::setWeightStreamingBudgetV2: Error Code 3: API Usage Error ({why})"
+    ));
     false
+}
+
+unsafe extern "C" fn is_refittable(this: This) -> bool {
+    Object::body(this).plan.content["refit"].is_string()
+}
+
+unsafe extern "C" fn tactic_sources(this: This) -> u32 {
+    Object::body(this).plan.content["built"]["TacticSources"].as_u64().unwrap_or(0) as u32
+}
+
+unsafe extern "C" fn verbosity(this: This) -> i32 {
+    Object::body(this).plan.content["built"]["ProfilingVerbosity"].as_i64().unwrap_or(0) as i32
+}
+
+unsafe extern "C" fn hardware(this: This) -> i32 {
+    let name = &Object::body(this).plan.content["hardware_compatibility"];
+    let all = crate::abi::hardware_compatibility_level::ALL;
+    let (major, minor, ..) = crate::record::version();
+    all.iter()
+        .find(|one| name == one.name)
+        .and_then(|one| one.value(major, minor))
+        .unwrap_or(0)
 }
 
 unsafe extern "C" fn is_debug(this: This, name: *const c_char) -> bool {
@@ -422,98 +478,16 @@ unsafe extern "C" fn is_debug(this: This, name: *const c_char) -> bool {
 }
 
 unsafe extern "C" fn stat(this: This, which: i32) -> i64 {
+    let plan = &Object::body(this).plan;
     match which {
-        0 => Object::body(this).plan.weights_bytes as i64,
-        1 => 0,
+        0 => plan.weights_bytes as i64,
+        1 => plan.content["stripped_bytes"].as_i64().filter(|_| plan.weights().lost).unwrap_or(0),
         _ => -1,
     }
 }
 
 unsafe extern "C" fn aliased(_: This, _: *const c_char) -> *const c_char {
     std::ptr::null()
-}
-
-// IEngineInspector --------------------------------------------------------------------------------------------------
-
-pub struct Inspector {
-    plan: Arc<Plan>,
-    reporter: Reporter,
-    context: usize,
-    text: CString,
-}
-
-impl Class for Inspector {
-    const NAME: &'static str = "IEngineInspector";
-    const ROW: usize = 4;
-
-    fn filled() -> Vec<(Slot, usize)> {
-        vec![
-            (inspector::GET_P_IMPL, inspector_pimpl as *const () as usize),
-            (inspector::SET_EXECUTION_CONTEXT, inspector_set_context as *const () as usize),
-            (inspector::GET_EXECUTION_CONTEXT, inspector_context as *const () as usize),
-            (inspector::GET_LAYER_INFORMATION, layer_information as *const () as usize),
-            (inspector::GET_ENGINE_INFORMATION, engine_information as *const () as usize),
-            (inspector::SET_ERROR_RECORDER, inspector_set_recorder as *const () as usize),
-            (inspector::GET_ERROR_RECORDER, inspector_recorder as *const () as usize),
-        ]
-    }
-}
-
-type Look = *mut Object<Inspector>;
-
-unsafe extern "C" fn inspector_pimpl(this: Look) -> *mut Public {
-    Object::public(this)
-}
-
-unsafe extern "C" fn inspector_set_context(this: Look, context: usize) -> bool {
-    Object::body(this).context = context;
-    true
-}
-
-unsafe extern "C" fn inspector_context(this: Look) -> usize {
-    Object::body(this).context
-}
-
-unsafe extern "C" fn inspector_set_recorder(this: Look, recorder: *mut u8) {
-    Object::body(this).reporter.set_recorder(recorder);
-}
-
-unsafe extern "C" fn inspector_recorder(this: Look) -> usize {
-    Object::body(this).reporter.recorder
-}
-
-fn layer(i: usize) -> serde_json::Value {
-    json!(format!("layer_{i}"))
-}
-
-unsafe extern "C" fn layer_information(this: Look, index: i32, format: i32) -> *const c_char {
-    let look = Object::body(this);
-    if !allowed(&look.reporter, "IEngineInspector", "getLayerInformation") || index < 0 || index as usize >= look.plan.nodes {
-        return std::ptr::null();
-    }
-    let text = if format == 1 {
-        layer(index as usize).to_string()
-    } else {
-        format!("layer_{index}")
-    };
-    look.text = CString::new(text).unwrap_or_default();
-    look.text.as_ptr()
-}
-
-unsafe extern "C" fn engine_information(this: Look, format: i32) -> *const c_char {
-    let look = Object::body(this);
-    if !allowed(&look.reporter, "IEngineInspector", "getEngineInformation") {
-        return std::ptr::null();
-    }
-    let layers: Vec<_> = (0..look.plan.nodes).map(layer).collect();
-    let bindings: Vec<_> = look.plan.io.iter().map(|t| t.name.to_string_lossy().into_owned()).collect();
-    let text = if format == 1 {
-        json!({"Layers": layers, "Bindings": bindings, "Plan": look.plan.json.len()}).to_string()
-    } else {
-        (0..look.plan.nodes).map(|i| format!("layer_{i}\n")).collect()
-    };
-    look.text = CString::new(text).unwrap_or_default();
-    look.text.as_ptr()
 }
 
 /// Bytes that a tensor of that shape takes.

@@ -4,16 +4,30 @@
 
 #[path = "../../../src/trt/abi.rs"]
 mod abi;
+mod builder;
+mod calibrate;
+mod compile;
+mod config;
 mod context;
 mod driver;
 mod engine;
+mod faults;
+mod graph;
+mod inspector;
+mod network;
 mod object;
+mod onnx;
+mod parser;
 mod plan;
+mod precision;
+mod profile;
 mod program;
+mod progress;
 mod record;
+mod refit;
 mod runtime;
 
-use std::ffi::{c_char, CStr, CString};
+use std::ffi::{c_char, c_void, CStr, CString};
 
 use object::{user_method, Public};
 use record::{called, mistake, version};
@@ -113,15 +127,15 @@ pub extern "C" fn getInferLibBuildVersion() -> i32 {
     version().3 as i32
 }
 
-#[no_mangle]
-pub unsafe extern "C" fn createInferRuntime_INTERNAL(logger: *mut u8, _version: i32) -> *mut Public {
+/// What every factory begins with: the logger in this version's layout, and the call's own failure.
+unsafe fn reporter(logger: *mut u8, factory: &str) -> Option<Reporter> {
     let (major, minor, ..) = version();
     if abi::logger::LOG.index(major, minor).is_none() {
-        eprintln!("fake nvinfer: createInferRuntime of version {major}.{minor}, whose layout nobody knows");
+        eprintln!("fake nvinfer: {factory} of version {major}.{minor}, whose layout nobody knows");
         std::process::abort();
     }
     if logger.is_null() {
-        return FAILED as *mut Public;
+        return None;
     }
     if major >= 11 {
         object::check_kind(logger, abi::logger::GET_INTERFACE_INFO, abi::logger::KIND);
@@ -130,23 +144,82 @@ pub unsafe extern "C" fn createInferRuntime_INTERNAL(logger: *mut u8, _version: 
         logger: logger as usize,
         recorder: 0,
     };
-    if !called("createInferRuntime") {
-        reporter.error("createInferRuntime: Error Code 2: Internal Error (this call was told to fail)");
-        return FAILED as *mut Public;
+    if !called(factory) {
+        reporter.error(&format!("{factory}: Error Code 2: Internal Error (this call was told to fail)"));
+        return None;
     }
+    Some(reporter)
+}
+
+/// An object that needs the GPU.
+unsafe fn on_device(logger: *mut u8, factory: &str, make: impl FnOnce(Reporter) -> *mut Public) -> *mut Public {
+    let Some(reporter) = reporter(logger, factory) else {
+        return FAILED as *mut Public;
+    };
     match driver::driver().map_err(str::to_owned).and_then(|driver| driver.attach()) {
         Ok(_) => {
             reporter.log(
                 abi::severity::INFO,
                 "[MemUsageChange] Init CUDA: CPU +1, GPU +0, now: CPU 1, GPU 0 (MiB)",
             );
-            object::make(runtime::Runtime::new(reporter))
+            make(reporter)
         }
         Err(why) => {
-            reporter.error(&format!("createInferRuntime: Error Code 6: API Usage Error ({why})"));
+            reporter.error(&format!("{factory}: Error Code 6: API Usage Error ({why})"));
             FAILED as *mut Public
         }
     }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn createInferRuntime_INTERNAL(logger: *mut u8, _version: i32) -> *mut Public {
+    on_device(logger, "createInferRuntime", |reporter| {
+        object::make(runtime::Runtime::new(reporter))
+    })
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn createInferBuilder_INTERNAL(logger: *mut u8, _version: i32) -> *mut Public {
+    on_device(logger, "createInferBuilder", |reporter| {
+        object::make(builder::Builder::new(reporter))
+    })
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn createInferRefitter_INTERNAL(engine: *mut Public, logger: *mut u8, _version: i32) -> *mut Public {
+    let Some(reporter) = reporter(logger, "createInferRefitter") else {
+        return FAILED as *mut Public;
+    };
+    match refit::Refitter::new(engine, reporter) {
+        Some(refitter) => object::make(refitter),
+        None => {
+            reporter.error(
+                "createInferRefitter: Error Code 3: API Usage Error (Parameter check failed, condition: !isNoneRefittable(). The engine was not built with a refit flag)",
+            );
+            std::ptr::null_mut()
+        }
+    }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn createNvOnnxParser_INTERNAL(network: *mut Public, logger: *mut u8, _version: i32) -> *mut c_void {
+    match reporter(logger, "createNvOnnxParser") {
+        Some(reporter) => object::make_direct(parser::Parser::new(network, reporter)).cast(),
+        None => std::ptr::null_mut(),
+    }
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn createNvOnnxParserRefitter_INTERNAL(refitter: *mut Public, logger: *mut u8, _version: i32) -> *mut c_void {
+    match reporter(logger, "createNvOnnxParserRefitter") {
+        Some(reporter) => object::make_direct(refit::ParserRefitter::new(refitter, reporter)).cast(),
+        None => std::ptr::null_mut(),
+    }
+}
+
+#[no_mangle]
+pub extern "C" fn getNvOnnxParserVersion() -> i32 {
+    100
 }
 
 /// The plugin library's entry; the stand-in is one file under both names.

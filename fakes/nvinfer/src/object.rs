@@ -22,28 +22,51 @@ pub struct Object<T> {
     body: Option<T>,
 }
 
+/// Who may give an object back.
+#[derive(Clone, Copy)]
+pub enum Destroyed {
+    /// The caller, through slot 1 of the public object's own table.
+    ByCaller,
+    /// Nobody but the object that made it.
+    ByOwner,
+    /// The caller, through this slot: the object's methods are slots of that same table.
+    By(Slot),
+}
+
 pub trait Class: Sized + 'static {
     const NAME: &'static str;
-    /// Which row of `UNFILLED` names this class.
+    /// Which row of `NAMES` is this class.
     const ROW: usize;
+    const DESTROYED: Destroyed = Destroyed::ByCaller;
     fn filled() -> Vec<(Slot, usize)>;
     /// Before the body is dropped.
     fn destroyed(&mut self) {}
 }
 
-const NAMES: [&str; 8] = [
+const NAMES: [&str; 19] = [
     "IRuntime",
     "ICudaEngine",
     "IExecutionContext",
     "IHostMemory",
     "IEngineInspector",
+    "IBuilder",
+    "IBuilderConfig",
+    "INetworkDefinition",
+    "ITensor",
+    "ILayer",
+    "IOptimizationProfile",
+    "ITimingCache",
+    "IRefitter",
+    "IParser",
+    "IParserError",
+    "IParserRefitter",
     "a public object",
     "a destroyed object",
     "a public object that was destroyed",
 ];
-pub const PUBLIC: usize = 5;
-pub const DEAD: usize = 6;
-pub const DEAD_PUBLIC: usize = 7;
+const PUBLIC: usize = 16;
+const DEAD: usize = 17;
+const DEAD_PUBLIC: usize = 18;
 const LENGTH: usize = 96;
 
 unsafe extern "C" fn unfilled<const ROW: usize, const SLOT: usize>() -> ! {
@@ -53,6 +76,17 @@ unsafe extern "C" fn unfilled<const ROW: usize, const SLOT: usize>() -> ! {
         2 => name(abi::context::ALL, SLOT),
         3 => name(abi::host_memory::ALL, SLOT),
         4 => name(abi::inspector::ALL, SLOT),
+        5 => name(abi::builder::ALL, SLOT),
+        6 => name(abi::builder_config::ALL, SLOT),
+        7 => name(abi::network::ALL, SLOT),
+        8 => name(abi::tensor::ALL, SLOT),
+        9 => name(abi::layer::ALL, SLOT),
+        10 => name(abi::optimization_profile::ALL, SLOT),
+        11 => name(abi::timing_cache::ALL, SLOT),
+        12 => name(abi::refitter::ALL, SLOT),
+        13 => name(abi::parser::ALL, SLOT),
+        14 => name(abi::parser_error::ALL, SLOT),
+        15 => name(abi::parser_refitter::ALL, SLOT),
         _ => "",
     };
     eprintln!(
@@ -81,7 +115,7 @@ macro_rules! rows {
 }
 
 fn unfilled_row(row: usize) -> [usize; LENGTH] {
-    let rows: [[usize; LENGTH]; 8] = rows!(0 1 2 3 4 5 6 7);
+    let rows: [[usize; LENGTH]; 19] = rows!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18);
     rows[row]
 }
 
@@ -108,6 +142,11 @@ fn implementation_table<T: Class>() -> *const usize {
                 slots[index] = function;
             }
         }
+        if let Destroyed::By(slot) = T::DESTROYED {
+            if let Some(index) = slot.index(major, minor) {
+                slots[index] = destroy_directly::<T> as *const () as usize;
+            }
+        }
     };
     table((T::ROW, 0), fill, T::ROW)
 }
@@ -120,27 +159,59 @@ unsafe extern "C" fn destroyed_twice(_: *mut Public) {
     mistake("an object was destroyed twice");
 }
 
+unsafe extern "C" fn not_the_callers<T: Class>(_: *mut Public) {
+    mistake(&format!(
+        "the caller destroyed an {}, which belongs to the object that made it",
+        T::NAME
+    ));
+}
+
 unsafe extern "C" fn destroy<T: Class>(this: *mut Public) {
-    let object = this.cast::<u8>().sub(std::mem::offset_of!(Object<T>, public)).cast::<Object<T>>();
-    // The shell stays behind, so that using it again is told apart from using another object.
-    (*object).vtable = table((DEAD, 0), |_| {}, DEAD);
-    (*object).public.vptr = table(
-        (DEAD_PUBLIC, 0),
-        |slots| slots[abi::DELETING_DESTRUCTOR] = destroyed_twice as *const () as usize,
-        DEAD_PUBLIC,
-    );
+    retire(this.cast::<u8>().sub(std::mem::offset_of!(Object<T>, public)).cast::<Object<T>>());
+}
+
+unsafe extern "C" fn destroy_directly<T: Class>(this: *mut Object<T>) {
+    retire(this);
+}
+
+/// The shell stays behind, so that using it again is told apart from using another object.
+unsafe fn retire<T: Class>(object: *mut Object<T>) {
+    let (major, minor, ..) = version();
+    let again = match T::DESTROYED {
+        Destroyed::By(slot) => slot.index(major, minor),
+        _ => None,
+    };
+    let twice = |index: usize| move |slots: &mut [usize; LENGTH]| slots[index] = destroyed_twice as *const () as usize;
+    (*object).vtable = match again {
+        Some(index) => table((DEAD, index), twice(index), DEAD),
+        None => table((DEAD, 0), |_| {}, DEAD),
+    };
+    (*object).public.vptr = table((DEAD_PUBLIC, 0), twice(abi::DELETING_DESTRUCTOR), DEAD_PUBLIC);
     if let Some(mut body) = (*object).body.take() {
         body.destroyed();
     }
     live(T::NAME, -1);
 }
 
+/// An object that another one owns goes with it.
+pub unsafe fn discard<T: Class>(public: *mut Public) {
+    retire((*public).implementation.cast::<Object<T>>());
+}
+
+pub unsafe fn discard_direct<T: Class>(object: *mut Object<T>) {
+    retire(object);
+}
+
 pub fn make<T: Class>(body: T) -> *mut Public {
+    let destructor = match T::DESTROYED {
+        Destroyed::ByOwner => not_the_callers::<T> as *const () as usize,
+        _ => destroy::<T> as *const () as usize,
+    };
     let public_table = table(
         (PUBLIC, T::ROW),
         |slots| {
             slots[0] = complete_destructor as *const () as usize;
-            slots[abi::DELETING_DESTRUCTOR] = destroy::<T> as *const () as usize;
+            slots[abi::DELETING_DESTRUCTOR] = destructor;
         },
         PUBLIC,
     );
@@ -156,6 +227,26 @@ pub fn make<T: Class>(body: T) -> *mut Public {
     object.public.implementation = std::ptr::from_mut(object).cast();
     live(T::NAME, 1);
     &mut object.public
+}
+
+/// An object whose methods are slots of the table that its own pointer points to.
+pub fn make_direct<T: Class>(body: T) -> *mut Object<T> {
+    // SAFETY: a public object just made.
+    unsafe { (*make(body)).implementation.cast() }
+}
+
+/// The body behind a public object that a caller passes in; anything but a live object of that class ends the process.
+pub unsafe fn of<'a, T: Class>(public: *mut Public) -> &'a mut T {
+    if (public as usize) < 4096 || (*public.cast::<Public>()).implementation.is_null() {
+        eprintln!("fake nvinfer: {public:?} was passed for an {}", T::NAME);
+        std::process::abort();
+    }
+    let object = (*public).implementation.cast::<Object<T>>();
+    if (*object).vtable != implementation_table::<T>() {
+        eprintln!("fake nvinfer: what was passed for an {} is none, or is destroyed", T::NAME);
+        std::process::abort();
+    }
+    Object::body(object)
 }
 
 impl<T: Class> Object<T> {
@@ -198,14 +289,18 @@ pub struct InterfaceInfo {
 
 /// What the user's object says it is; a wrong answer is a mistake on record.
 pub unsafe fn check_kind(object: *mut u8, slot: Slot, kind: &std::ffi::CStr) {
+    check_kinds(object, slot, &[kind]);
+}
+
+pub unsafe fn check_kinds(object: *mut u8, slot: Slot, kinds: &[&std::ffi::CStr]) {
     if object.is_null() {
         return;
     }
     let Some(method) = user_method(object, slot) else { return };
     let method: unsafe extern "C" fn(*mut u8) -> InterfaceInfo = std::mem::transmute(method);
     let info = method(object);
-    if info.kind.is_null() || std::ffi::CStr::from_ptr(info.kind) != kind || (info.major, info.minor) != (1, 0) {
-        mistake(&format!("an object passed as {kind:?} does not say so in getInterfaceInfo"));
+    if info.kind.is_null() || !kinds.contains(&std::ffi::CStr::from_ptr(info.kind)) || (info.major, info.minor) != (1, 0) {
+        mistake(&format!("an object passed as {:?} does not say so in getInterfaceInfo", kinds[0]));
     }
 }
 
@@ -226,5 +321,8 @@ answers!(
     fake_trt_info_IErrorRecorder: error_recorder,
     fake_trt_info_IStreamReaderV2: stream_reader_v2,
     fake_trt_info_IGpuAllocator: gpu_allocator,
-    fake_trt_info_IDebugListener: debug_listener
+    fake_trt_info_IDebugListener: debug_listener,
+    fake_trt_info_IProgressMonitor: progress_monitor,
+    fake_trt_info_IInt8EntropyCalibrator2: int8_entropy_calibrator_2,
+    fake_trt_info_IInt8MinMaxCalibrator: int8_min_max_calibrator
 );

@@ -8,6 +8,7 @@ use half::{bf16, f16};
 
 use crate::abi::data_type;
 use crate::driver::driver;
+use crate::graph::{round, Array};
 use crate::plan::{width, Dims, Plan, Program};
 use crate::record::mistake;
 
@@ -21,6 +22,8 @@ pub struct Job {
     pub scratch: u64,
     pub weights: u64,
     pub kind: JobKind,
+    /// The plan's faults are due.
+    pub faulty: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -113,7 +116,16 @@ pub unsafe extern "C" fn work(data: *mut c_void) -> i32 {
         let n = nonzero(&job, None);
         jobs().counted.insert(job.context, n);
     } else {
+        if job.plan.ms > 0.0 {
+            std::thread::sleep(std::time::Duration::from_secs_f64(job.plan.ms / 1e3));
+        }
         compute(&job);
+        if job.faulty {
+            if job.plan.run == "lost" {
+                return DEVICE_LOST;
+            }
+            spoil(&job);
+        }
         if job.captured && job.plan.in_capture == "differ" {
             if let Some((i, tensor)) = job.plan.outputs().next() {
                 let (address, dims) = job.tensors[i];
@@ -124,7 +136,7 @@ pub unsafe extern "C" fn work(data: *mut c_void) -> i32 {
     0
 }
 
-unsafe fn get(address: u64, dtype: i32, i: usize) -> f64 {
+pub unsafe fn get(address: u64, dtype: i32, i: usize) -> f64 {
     let at = (address as *const u8).add(i * width(dtype));
     match dtype {
         data_type::FLOAT => f64::from(at.cast::<f32>().read_unaligned()),
@@ -175,8 +187,34 @@ unsafe fn nonzero(job: &Job, out: Option<(u64, usize)>) -> usize {
     found
 }
 
+/// Outputs as wrong as the plan says: a number is a relative error, "nan" is that, anything else is noise.
+unsafe fn spoil(job: &Job) {
+    for (i, tensor) in job.plan.outputs() {
+        let (address, dims) = job.tensors[i];
+        let each = |f: &dyn Fn(f64) -> f64| {
+            for k in 0..dims.volume() {
+                set(address, tensor.dtype, k, f(get(address, tensor.dtype, k)));
+            }
+        };
+        match &job.plan.differ {
+            serde_json::Value::Null | serde_json::Value::Bool(false) => {}
+            serde_json::Value::Number(n) => each(&|x| x * (1.0 + n.as_f64().unwrap_or(0.0))),
+            serde_json::Value::String(text) if text == "nan" => each(&|_| f64::NAN),
+            _ => std::ptr::write_bytes(address as *mut u8, 0x3C, dims.volume() * width(tensor.dtype)),
+        }
+    }
+}
+
 unsafe fn compute(job: &Job) {
     let plan = &job.plan;
+    let weights = plan.weights();
+    if weights.lost {
+        for (i, tensor) in plan.outputs() {
+            let (address, dims) = job.tensors[i];
+            std::ptr::write_bytes(address as *mut u8, 0, dims.volume() * width(tensor.dtype));
+        }
+        return;
+    }
     let inputs: Vec<usize> = plan.inputs().map(|(i, _)| i).collect();
     let outputs: Vec<usize> = plan.outputs().map(|(i, _)| i).collect();
     let input = |n: usize| (job.tensors[inputs[n]].0, plan.io[inputs[n]].dtype, job.tensors[inputs[n]].1);
@@ -197,12 +235,13 @@ unsafe fn compute(job: &Job) {
         }
         Program::Affine => {
             let ((x, from, _), (y, to, dims)) = (input(0), output(0));
-            let (columns, depth) = (plan.b.len(), plan.w.len());
+            let (columns, depth) = (weights.b.len(), weights.w.len());
+            let operand = |x: f64| round(&plan.compute, x) as f32;
             for row in 0..dims.volume() / columns.max(1) {
                 for column in 0..columns {
-                    let mut sum = plan.b[column];
+                    let mut sum = weights.b[column];
                     for k in 0..depth {
-                        sum += get(x, from, row * depth + k) as f32 * plan.w[k][column];
+                        sum += operand(get(x, from, row * depth + k)) * operand(f64::from(weights.w[k][column]));
                     }
                     set(y, to, row * columns + column, f64::from(sum));
                 }
@@ -235,6 +274,30 @@ unsafe fn compute(job: &Job) {
             let ((x, from, dims), (y, to, out)) = (input(0), output(0));
             for i in 0..out.volume() {
                 set(y, to, i, get(x, from, i % dims.volume().max(1)));
+            }
+        }
+        Program::Graph => {
+            let given = plan.inputs().map(|(i, tensor)| {
+                let (address, dims) = job.tensors[i];
+                let array = Array {
+                    dims: dims.shape().iter().map(|&d| d as usize).collect(),
+                    values: (0..dims.volume()).map(|k| get(address, tensor.dtype, k)).collect(),
+                };
+                (tensor.name.to_string_lossy().into_owned(), array)
+            });
+            match plan.graph.run(&given.collect(), &weights.named) {
+                Ok(values) => {
+                    for (i, tensor) in plan.outputs() {
+                        let (address, dims) = job.tensors[i];
+                        let found = values
+                            .get(tensor.name.to_string_lossy().as_ref())
+                            .map_or(&[][..], |array| &array.values);
+                        for (k, &x) in found.iter().enumerate().take(dims.volume()) {
+                            set(address, tensor.dtype, k, x);
+                        }
+                    }
+                }
+                Err(why) => mistake(&format!("the graph of a plan could not be computed: {why}")),
             }
         }
     }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use crate::abi::{gpu_allocator, host_memory, runtime as slots, stream_reader_v2, Slot};
-use crate::driver::driver;
+use crate::driver::{driver, sm};
 use crate::engine::Engine;
 use crate::object::{check_kind, make, user_method, Class, Object, Public};
 use crate::plan;
@@ -40,13 +40,7 @@ impl Runtime {
     fn deserialize(&self, bytes: &[u8]) -> *mut Public {
         let result = driver().map_err(str::to_owned).and_then(|driver| {
             let device = driver.attach()?;
-            let (mut major, mut minor) = (0, 0);
-            // SAFETY: plain driver calls.
-            unsafe {
-                crate::driver::check((driver.attribute)(&mut major, 75, device), "cuDeviceGetAttribute")?;
-                crate::driver::check((driver.attribute)(&mut minor, 76, device), "cuDeviceGetAttribute")?;
-            }
-            let (plan, log) = plan::parse(bytes, self.host_code, i64::from(major * 10 + minor))?;
+            let (plan, log) = plan::parse(bytes, self.host_code, sm()?)?;
             self.reporter.log(
                 crate::abi::severity::INFO,
                 &format!("Loaded engine size: {} MiB", bytes.len() >> 20),
