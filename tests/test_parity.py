@@ -608,7 +608,7 @@ def test_next_step(found, expected, precision, step):
 def test_not_run_is_no_pass():
     result = not_run("the package onnxruntime\nis missing.")
     assert result.reason == "the package onnxruntime is missing."
-    with pytest.raises(errors.ParityError, match=r"not checked: the package onnxruntime is missing\..*--parity off"):
+    with pytest.raises(errors.ParityError, match=r"not checked: the package onnxruntime is missing\..*--no-parity"):
         gate(result)
     gate(result, allow_not_run=True)
     assert judge([], [], [], FP32).state == "not run"

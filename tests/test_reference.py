@@ -10,7 +10,7 @@ import pytest
 
 from jetrt import errors
 from jetrt.build.arrays import dtype_name, load_npz, to_bfloat16, widened
-from jetrt.build.reference import ReferenceUnavailable, compute, opened
+from jetrt.build.reference import ReferenceUnavailable, compute, from_text, opened
 from jetrt.build.upcast import uses_bfloat16
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -70,6 +70,15 @@ def test_arrays_that_are_not_contiguous(tmp_path, onnx_models):
     path = onnx_models.add(tmp_path / "add.onnx")
     reference = compute(path, {"a": np.asfortranarray(A), "b": B[:, ::-1]})
     np.testing.assert_array_equal(reference.outputs["sum"], A + B)
+
+
+def test_float16_model(tmp_path, onnx_models, onnx):
+    f16 = onnx.TensorProto.FLOAT16
+    nodes = [("MatMul", ["x", "x"], ["p"], {}), ("Relu", ["p"], ["y"], {})]
+    path = onnx_models.save(tmp_path / "m.onnx", nodes, [("x", f16, [2, 2])], [("y", f16, [2, 2])])
+    reference = compute(path, {"x": np.eye(2, dtype=np.float16)})
+    assert (reference.kind, reference.outputs["y"].dtype) == ("onnxruntime", np.float16)
+    np.testing.assert_array_equal(reference.outputs["y"], np.eye(2))
 
 
 def test_nothing_is_optimised(tmp_path, onnx_models, monkeypatch):
@@ -527,12 +536,34 @@ def test_tensorrt_fp32():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "tflite"}, "there is no kind of reference 'tflite'; allowed: onnxruntime, onnxruntime, upcast copy"),
-        ({"npz": "a.npz", "torch_model": print}, "more than one kind of reference was asked for"),
-        ({"npz": "a.npz", "kind": "onnxruntime"}, "more than one kind of reference was asked for"),
-        ({"kind": "npz"}, "a 'npz' reference needs what computes it"),
+        ({"kind": "tflite"}, r"there is no such kind; found: tflite; allowed: onnxruntime \| onnxruntime, upcast copy"),
+        ({"npz": "a.npz", "torch_model": print}, "there can be one reference only; found: npz and torch"),
+        ({"npz": "a.npz", "kind": "onnxruntime"}, "there can be one reference only; found: npz and onnxruntime"),
+        ({"kind": "npz"}, "nothing was given that computes it; found: npz"),
     ],
 )
 def test_kinds_that_make_no_sense(options, message):
     with pytest.raises(errors.BuildOptionError, match=f"--reference: {message}"):
         compute("m.onnx", {}, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("onnxruntime", {"kind": "onnxruntime"}),
+        ("onnxruntime-upcast", {"kind": "onnxruntime, upcast copy"}),
+        ("tensorrt-fp32", {"kind": "tensorrt fp32"}),
+        ("dir/out.npz", {"npz": "dir/out.npz"}),
+        ("model.pt", {"torch_model": "model.pt"}),
+    ],
+)
+def test_text_of_the_command_line(text, options):
+    assert from_text(text) == options
+
+
+def test_text_that_is_no_reference():
+    with pytest.raises(
+        errors.BuildOptionError,
+        match=r"--reference: there is no such reference; found: out\.npy; allowed: onnx",
+    ):
+        from_text("out.npy")

@@ -394,7 +394,7 @@ def gate(report: ParityReport, *, allow_not_run: bool = False) -> None:
     if report.state == "not run" and not allow_not_run:
         raise ParityError(
             f"Parity was not checked: {report.reason} Install what is missing, give --reference out.npz, "
-            "or build with --parity off to take the plan unchecked.",
+            "or build with --no-parity to take the plan unchecked.",
             failures=[],
         )
     if report.state != "failed":

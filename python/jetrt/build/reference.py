@@ -42,6 +42,7 @@ __all__ = [
     "ReferenceUnavailable",
     "Source",
     "compute",
+    "from_text",
     "opened",
 ]
 
@@ -124,11 +125,12 @@ def opened(
     given: dict[Kind, Any] = {"npz": npz, "torch": torch_model, "tensorrt fp32": run}
     named: list[Kind] = [name for name, value in given.items() if value is not None]
     if kind is not None and kind not in get_args(Kind):
-        raise _option(kind, ", ".join(get_args(Kind)), f"there is no kind of reference {kind!r}")
+        raise _option(kind, " | ".join(get_args(Kind)), "there is no such kind")
     if len(named) > 1 or (kind is not None and named not in ([], [kind])):
-        raise _option(" and ".join(named), "one kind", "more than one kind of reference was asked for")
+        asked = dict.fromkeys([*named, *([kind] if kind is not None else [])])
+        raise _option(" and ".join(asked), "one of them", "there can be one reference only")
     if kind in given and kind not in named:
-        raise _option(kind, "with what computes it", f"a {kind!r} reference needs what computes it")
+        raise _option(kind, "a kind with what computes it", "nothing was given that computes it")
 
     path = Path(model_path)
     chosen = kind or (named[0] if named else None)
@@ -145,9 +147,29 @@ def opened(
             yield source
 
 
+def from_text(text: str) -> dict[str, Any]:
+    """What `opened` is given for the text of ``--reference``; "tensorrt-fp32" needs its `run` in addition.
+
+    Raises `BuildOptionError` for a text that is none of these.
+    """
+    named: dict[str, Kind] = {
+        "onnxruntime": "onnxruntime",
+        "onnxruntime-upcast": _UPCAST,
+        "tensorrt-fp32": "tensorrt fp32",
+    }
+    if text in named:
+        return {"kind": named[text]}
+    suffix = Path(text).suffix
+    if suffix == ".npz":
+        return {"npz": text}
+    if suffix in (".pt", ".pth", ".ts"):
+        return {"torch_model": text}
+    raise _option(text, f"{', '.join(named)}, FILE.npz, FILE.pt (TorchScript)", "there is no such reference")
+
+
 def _option(found: str, allowed: str, why: str) -> BuildOptionError:
     return BuildOptionError(
-        f"--reference: {why}; allowed: {allowed}. Give one reference only.",
+        f"--reference: {why}; found: {found}; allowed: {allowed}. Change it or leave it out.",
         option="--reference",
         found=found,
         allowed=allowed,
