@@ -154,6 +154,8 @@ def test_a_name_that_no_manifest_could_hold_is_refused_before_the_build(tmp_path
         return manifest
 
     assert build_once(final, KEY, make) == (manifest, True)
+    assert build_once(final, KEY, make) == (manifest, False)
+    assert build_once(final, KEY, make, rebuild=True) == (manifest, True)
 
 
 def test_an_error_inside_frees_it(tmp_path: Path) -> None:
@@ -331,11 +333,15 @@ def forever():
         build("a")
         build("b")
 
-for i in range(200):
-    if i % 4 == 0:
+kills, longest = 0, 0.02
+# On a busy machine it takes more, and longer, until some of them came far.
+while kills < 200 or not {"a", "b"} <= set(seen):
+    if kills % 4 == 0:
         clean()
+    kills += 1
+    longest *= 1 if kills < 200 else 1.05
     pid = child(forever)
-    time.sleep(generator.uniform(0, 0.02))
+    time.sleep(generator.uniform(0, longest))
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status), status
@@ -379,7 +385,7 @@ for before in ("absent", "a"):
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     done = fakes.run_python(TURNS + AT_ANY_MOMENT, str(tmp_path), str(time.time_ns()))
     counts = dict(re.findall(r"'(\w+)': (\d+)", done.stdout))
-    assert sum(map(int, counts.values())) == 200
+    assert sum(map(int, counts.values())) >= 200
     assert {"a", "b"} <= set(counts)
 
 

@@ -353,10 +353,12 @@ def build_once(
     model_sha256: str | None = None,
     machine: Machine | None = None,
     overwrite: bool = False,
+    rebuild: bool = False,
     timeout: float | None = None,
     on_wait: Callable[[str], None] | None = None,
 ) -> tuple[Manifest, bool]:
-    """The plan of that key under the name `final`, built by ``make(temporary)`` unless it is there already.
+    """The plan of that key under the name `final`, built by ``make(temporary)`` unless it is there already (or, with
+    `rebuild`, even then).
 
     `make` writes the plan to the path that it gets and returns its manifest. The second value tells whether it was
     called. Of several processes that ask at once, one builds and the others wait. Nothing is left behind when `make`
@@ -366,7 +368,7 @@ def build_once(
     with engine_lock(final, timeout, on_wait):
         remove_leftovers(final)
         state = existing(final, key, options=options, model_sha256=model_sha256, machine=machine, overwrite=overwrite)
-        if state == "same":
+        if state == "same" and not rebuild:
             manifest = Manifest.read(final)
             assert manifest is not None
             return manifest, False
