@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from hypothesis import strategies as st
 
-from jetrt.provenance import EngineFile, Machine, Manifest, ModelFile, Parity, Sha256Sidecar, Tensor
+import fakes
+from jetrt.provenance import EngineFile, Machine, Manifest, ModelFile, Parity, Sha256Sidecar, Tensor, engine_lock
 
-PLAN = b"a plan of twenty bytes"
+PLAN = b"the bytes of one plan."
 ORIN = Machine(
     tensorrt="10.3.0.30",
     cuda="12.6",
@@ -42,6 +45,9 @@ MANIFEST = Manifest(
     parity=Parity("passed", None, "onnxruntime CPU", {"cosine": 0.999}, ({"cosine": 0.99999},)),
 )
 
+
+KEY = MANIFEST.key
+FILES = ["det.engine", "det.engine.json", "det.engine.sha256"]
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
 JSON = st.recursive(
@@ -88,3 +94,17 @@ def put(folder: Path, manifest: Manifest = MANIFEST, plan: bytes = PLAN) -> Path
     Manifest.path_for(engine).write_text(manifest.to_json())
     Sha256Sidecar(manifest.engine.sha256, engine.name).write(engine)
     return engine
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def start(code: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, env=fakes.environment(), stdout=subprocess.PIPE, text=True)
+
+
+def lock_once(path: Path, **keywords: Any) -> None:
+    with engine_lock(path, **keywords):
+        pass

@@ -242,7 +242,6 @@ def test_here() -> None:
 CORE = {
     "tensorrt": "10.3.0.30",
     "cuda": "12.6",
-    "driver": None,
     "sm": 87,
     "sm_count": 8,
     "gpu": "Orin",

@@ -118,7 +118,7 @@ class Machine:
         return cls(
             tensorrt=gpu["tensorrt"],
             cuda=gpu["cuda"],
-            driver=gpu["driver"] or system.driver,
+            driver=gpu.get("driver") or system.driver,
             sm=gpu["sm"],
             sm_count=gpu["sm_count"],
             gpu=gpu["gpu"],
