@@ -1,10 +1,11 @@
 //! Looking into an engine: its layers for some shapes, and the time that each takes.
 
 use super::executor::{Call, Executor};
+use super::session::Session;
 use crate::cuda::Stream;
 use crate::error::{Error, Kind, Result};
 use crate::shape::Dims;
-use crate::trt::{with_profiler, LayerTime};
+use crate::trt::LayerTime;
 
 impl Executor {
     /// TensorRT's JSON about the layers. With shapes (in engine input order, none for shape tensors) in a profile: as they are then.
@@ -33,9 +34,18 @@ impl Executor {
             ));
         }
         let _entered = self.device.enter()?;
-        let mut session = self.checkout(call.stream, call.timeout)?;
+        // A session of its own: a context that has a profiler waits at every call.
+        let mut session = Session::new(&self.engine, None, &self.background)?;
+        session.context.measure_layers()?;
+        let mut times = Vec::new();
         // The first call for these shapes prepares things that belong to no layer.
-        self.run_on(&mut session, call)?;
-        with_profiler(&mut *session, |s| &mut s.context, runs, |s| self.run_on(s, call).map(drop))
+        for run in 0..=runs {
+            self.run_on(&mut session, call)?;
+            let layers = session.context.layer_times();
+            if run > 0 {
+                times.push(layers);
+            }
+        }
+        Ok(times)
     }
 }

@@ -2,6 +2,7 @@
 
 use super::abi::context as slot;
 use super::object::{call, refused, Object, RawDims};
+use super::profiler::Profiler;
 use super::{Engine, OutputAllocator};
 use crate::cuda::Stream;
 use crate::error::{Error, Kind, Result};
@@ -25,6 +26,7 @@ pub struct Context {
     shapes: Vec<Option<Dims>>,
     addresses: Vec<u64>,
     allocators: Vec<(usize, Box<OutputAllocator>)>,
+    profiler: Option<Box<Profiler>>,
     engine: Arc<Engine>,
 }
 
@@ -54,12 +56,21 @@ impl Context {
             shapes: vec![None; n],
             addresses: vec![0; n],
             allocators: Vec::new(),
+            profiler: None,
             engine,
         })
     }
 
     pub(super) fn object(&self) -> &Object {
         &self.object
+    }
+
+    pub(super) fn profiler(&self) -> Option<&Profiler> {
+        self.profiler.as_deref()
+    }
+
+    pub(super) fn keep_profiler(&mut self, profiler: Box<Profiler>) {
+        self.profiler = Some(profiler);
     }
 
     pub fn engine(&self) -> &Arc<Engine> {

@@ -21,4 +21,4 @@ pub use allocator::OutputAllocator;
 pub use context::Context;
 pub use engine::{Engine, IoTensor, LoadReport, Loading};
 pub use library::{library, Library, Version};
-pub use profiler::{with_profiler, LayerTime};
+pub use profiler::LayerTime;

@@ -17,8 +17,9 @@ pub struct LayerTime {
     pub ms: f32,
 }
 
+#[derive(Debug)]
 #[repr(C)]
-struct Profiler {
+pub(super) struct Profiler {
     vptr: *const *const c_void,
     times: Mutex<Vec<LayerTime>>,
 }
@@ -66,9 +67,12 @@ impl Profiler {
 }
 
 impl Context {
-    fn set_profiler(&mut self, profiler: Option<&Profiler>) -> Result<()> {
-        let p = profiler.map_or(std::ptr::null_mut(), |p| std::ptr::from_ref(p).cast_mut().cast::<c_void>());
-        // SAFETY: VExecutionContext::setProfiler(IProfiler*); `with_profiler` unsets it before it goes.
+    /// Measures each layer from now on: TensorRT then waits inside `enqueueV3`. A context keeps its profiler (10.6 refuses to take
+    /// none again), so this is for contexts that serve nothing else.
+    pub fn measure_layers(&mut self) -> Result<()> {
+        let profiler = Profiler::new(self.engine().lib);
+        let p = std::ptr::from_ref(&*profiler).cast_mut().cast::<c_void>();
+        // SAFETY: VExecutionContext::setProfiler(IProfiler*); the context's field keeps the box until the context is gone.
         unsafe {
             call!(
                 self.engine().lib,
@@ -77,29 +81,13 @@ impl Context {
                 fn(*mut c_void) -> (),
                 p
             )
-        }
+        }?;
+        self.keep_profiler(profiler);
+        Ok(())
     }
-}
 
-/// Runs something that enqueues a context, which `context` finds in `owner`, and takes the layer times after each run. TensorRT
-/// waits inside `enqueueV3` while a profiler is set.
-pub fn with_profiler<T>(
-    owner: &mut T,
-    context: impl Fn(&mut T) -> &mut Context,
-    runs: usize,
-    mut run: impl FnMut(&mut T) -> Result<()>,
-) -> Result<Vec<Vec<LayerTime>>> {
-    let profiler = Profiler::new(context(owner).engine().lib);
-    context(owner).set_profiler(Some(&profiler))?;
-    let mut out = Vec::new();
-    let mut result = Ok(());
-    for _ in 0..runs {
-        result = run(owner);
-        if result.is_err() {
-            break;
-        }
-        out.push(profiler.take());
+    /// The layer times since this was asked last.
+    pub fn layer_times(&self) -> Vec<LayerTime> {
+        self.profiler().map(Profiler::take).unwrap_or_default()
     }
-    context(owner).set_profiler(None)?;
-    result.map(|()| out)
 }

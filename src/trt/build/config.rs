@@ -82,15 +82,15 @@ impl Builder {
 
     pub fn flags(&self) -> Result<Vec<&'static str>> {
         let v = self.lib.version;
-        let mut out = Vec::new();
+        let mut out: Vec<(i32, &'static str)> = Vec::new();
         for m in builder_flag::ALL {
-            if let Some(value) = m.value(v.major, v.minor) {
-                if self.flag_is_set(value)? {
-                    out.push(m.name);
-                }
+            let Some(value) = m.value(v.major, v.minor) else { continue };
+            // Some have two names: the first is the current one.
+            if !out.iter().any(|(known, _)| *known == value) && self.flag_is_set(value)? {
+                out.push((value, m.name));
             }
         }
-        Ok(out)
+        Ok(out.into_iter().map(|(_, name)| name).collect())
     }
 
     pub fn set_flag(&self, name: &str, on: bool) -> Result<()> {

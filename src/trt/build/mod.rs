@@ -11,7 +11,7 @@ pub use calibrator::{Algorithm, Calibrator, NextBatch};
 pub use config::Profile;
 pub use monitor::{Event, Monitor, Progress};
 pub use network::{NetworkLayer, NetworkTensor};
-pub use parser::{refit_from, Problem};
+pub use parser::Problem;
 
 use super::abi::{
     builder as slot, builder_config as config_slot, host_memory, network_definition_creation_flag as creation, timing_cache, Member,
@@ -20,12 +20,12 @@ use super::library::Library;
 use super::object::{call, Handle, Object};
 use crate::cuda::Device;
 use crate::error::{Error, Kind, Result};
-use parser::Parser;
+use parser::{Parser, ParserRefitter};
 use std::ffi::c_void;
 use std::fmt::Debug;
 use std::io::Write;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 /// TensorRT's objects of one build. Fields drop in order: what is made before what it was made from; the parser owns the weights.
@@ -34,7 +34,7 @@ pub struct Builder {
     timing_cache: Option<Object>,
     network: Object,
     parser: Parser,
-    builder: Object,
+    builder: &'static Object,
     calibrator: Option<Box<Calibrator>>,
     _monitor: Option<Box<Monitor>>,
     pub progress: Arc<Progress>,
@@ -93,10 +93,23 @@ fn took<T: PartialEq + Debug>(what: &str, wanted: T, found: T) -> Result<()> {
     ))
 }
 
+/// One IBuilder for each GPU, kept for the process: making one costs seconds (it loads more than a gigabyte of kernels), and several
+/// networks may use it in turn.
+fn builder_of(lib: &'static Library, device: &'static Device) -> Result<&'static Object> {
+    static BUILDERS: Mutex<Vec<(i32, &'static Object)>> = Mutex::new(Vec::new());
+    let mut all = BUILDERS.lock().unwrap_or_else(|e| e.into_inner());
+    if let Some((_, builder)) = all.iter().find(|(ordinal, _)| *ordinal == device.ordinal) {
+        return Ok(builder);
+    }
+    let builder: &'static Object = Box::leak(Box::new(lib.create_builder()?));
+    all.push((device.ordinal, builder));
+    Ok(builder)
+}
+
 impl Builder {
     pub fn new(lib: &'static Library, device: &'static Device, strongly_typed: bool) -> Result<Builder> {
         let _entered = device.enter()?;
-        let builder = lib.create_builder()?;
+        let builder = builder_of(lib, device)?;
         let mut flags = 0;
         if strongly_typed {
             flags |= 1 << member(lib, "network flag", creation::ALL, "STRONGLY_TYPED")?;
@@ -266,7 +279,9 @@ pub fn refit(lib: &'static Library, engine: Handle, onnx: &Path) -> Result<Vec<P
     use super::abi::refitter as slot;
     let mark = crate::log::TENSORRT.mark();
     let refitter = lib.create_refitter(engine)?;
-    let problems = refit_from(lib, *refitter, onnx)?;
+    // Alive until the engine has its weights: TensorRT 10.6 reads them in refitCudaEngine, from the parser's memory.
+    let weights = ParserRefitter::new(lib, *refitter)?;
+    let problems = weights.refit_from(onnx)?;
     if !problems.is_empty() {
         return Ok(problems);
     }

@@ -182,15 +182,34 @@ impl Drop for Parser {
     }
 }
 
-/// Gives a refitter the weights of an ONNX file; the complaints, none when all were taken.
-pub fn refit_from(lib: &'static Library, refitter: Handle, path: &Path) -> Result<Vec<Problem>> {
-    let file = c_path(path)?;
-    let object = made_by(lib, b"createNvOnnxParserRefitter_INTERNAL\0", refitter.public())?;
-    let mark = crate::log::TENSORRT.mark();
-    // SAFETY: IParserRefitter::refitFromFile(const char*), getNbErrors, getError, and its deleting destructor, once.
-    unsafe {
-        let ok = own_call!(lib, object, refit_slot::REFIT_FROM_FILE, fn(*const c_char) -> bool, file.as_ptr())?;
-        let mut found = problems(lib, object, &refit_slot::GET_NB_ERRORS, &refit_slot::GET_ERROR)?;
+/// What gives a refitter the weights of an ONNX file. It owns them: it must live until the engine is refitted.
+pub(super) struct ParserRefitter {
+    lib: &'static Library,
+    object: Handle,
+}
+
+impl ParserRefitter {
+    pub(super) fn new(lib: &'static Library, refitter: Handle) -> Result<ParserRefitter> {
+        let object = made_by(lib, b"createNvOnnxParserRefitter_INTERNAL\0", refitter.public())?;
+        Ok(ParserRefitter { lib, object })
+    }
+
+    /// The complaints, none when all weights were taken.
+    pub(super) fn refit_from(&self, path: &Path) -> Result<Vec<Problem>> {
+        let file = c_path(path)?;
+        let lib = self.lib;
+        let mark = crate::log::TENSORRT.mark();
+        // SAFETY: IParserRefitter::refitFromFile(const char*); then getNbErrors and getError of the same class.
+        let (ok, mut found) = unsafe {
+            let ok = own_call!(
+                lib,
+                self.object,
+                refit_slot::REFIT_FROM_FILE,
+                fn(*const c_char) -> bool,
+                file.as_ptr()
+            )?;
+            (ok, problems(lib, self.object, &refit_slot::GET_NB_ERRORS, &refit_slot::GET_ERROR)?)
+        };
         if !ok && found.is_empty() {
             found.push(Problem {
                 node: -1,
@@ -199,8 +218,14 @@ pub fn refit_from(lib: &'static Library, refitter: Handle, path: &Path) -> Resul
                 ..Problem::default()
             });
         }
-        own_call!(lib, object, refit_slot::DTOR_DELETING, fn() -> ())?;
         Ok(found)
+    }
+}
+
+impl Drop for ParserRefitter {
+    fn drop(&mut self) {
+        // SAFETY: the deleting destructor is a slot of its own table (not slot 1); owned, so called once.
+        let _ = unsafe { own_call!(self.lib, self.object, refit_slot::DTOR_DELETING, fn() -> ()) };
     }
 }
 
