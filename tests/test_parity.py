@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 import jetrt
 from jetrt import errors
-from jetrt.build import parity
+from jetrt.build import comparison
 from jetrt.build.arrays import dtype_name, from_bits, to_bfloat16, widened
 from jetrt.build.parity import Case, ParityReport, Thresholds, compare, gate, judge, not_run, points
 from jetrt.build.profiles import InputRange, NetworkInput, Profile
@@ -98,6 +98,12 @@ def test_inputs_depend_on_the_seed_alone():
         assert all(np.array_equal(a.inputs[name], b.inputs[name]) for name in a.inputs)
         assert np.array_equal(a.inputs["image"], d.inputs["image"])
         assert not np.array_equal(a.inputs["image"], c.inputs["image"])
+
+
+def test_inputs_of_one_shape_differ():
+    inputs = [NetworkInput(name, "float32", (3,)) for name in "ab"]
+    (case,) = points([Profile({})], inputs)
+    assert not np.array_equal(case.inputs["a"], case.inputs["b"])
 
 
 @given(
@@ -185,6 +191,11 @@ def test_bfloat16_rounds_to_nearest_even(values):
     assert widened(got.view("V2")).tolist() == widened(got).tolist()  # as .npy files keep it
 
 
+def test_bfloat16_ties_go_to_even():
+    values = np.array([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-8 + 2**-20], np.float32)
+    assert widened(to_bfloat16(values)).tolist() == [1.0, 1 + 2**-6, -1.0, 1 + 2**-7]
+
+
 def test_bfloat16_nan_stays_nan():
     bits = np.array([0x7F800001, 0xFFFFFFFF, 0x7FFFFFFF], np.uint32)
     assert np.isnan(widened(to_bfloat16(bits.view(np.float32)))).all()
@@ -265,6 +276,13 @@ def test_a_few_wrong_elements_among_many_fail(precision, scale):
         assert result.cosine > 0.9999, "this is what cosine alone would have let through"
         assert not result.passed
         assert "max_rel" in result.reasons[-1]
+
+
+def test_errors_of_the_size_of_absolute_do_not_turn_an_output():
+    expected, found = np.array([1e-6, 0.0], np.float32), np.array([1e-6, 1e-6], np.float32)
+    assert one(found, expected).cosine == pytest.approx(math.sqrt(0.5))
+    assert one(found, expected).passed
+    assert not one(found * 100, expected * 100).passed
 
 
 def test_wrong_by_a_factor_fails():
@@ -401,8 +419,8 @@ def test_large_arrays_are_compared_in_pieces(monkeypatch):
     result = one(found, expected)
     assert result.worst[0] == (1, 699_999)
     whole = [dataclasses.asdict(result)]
-    chunks = parity._chunks
-    monkeypatch.setattr(parity, "_chunks", lambda a, b: chunks(a, b, size=a.size))
+    chunks = comparison._chunks
+    monkeypatch.setattr(comparison, "_chunks", lambda a, b: chunks(a, b, size=a.size))
     whole.append(dataclasses.asdict(one(found, expected)))
     assert whole[0].pop("worst") == whole[1].pop("worst")
     assert whole[0].pop("reasons")
