@@ -86,7 +86,9 @@ class TensorRT:
         except Refused as error:
             return Result(error.stage, first_line(error), error.error)
         except Exception as error:  # an error of the library's: a result, whatever it is
-            return Result(self.stage_of(error, at), first_line(error), type(error).__name__)
+            log = getattr(error, "log", None) or [""]
+            reason = f"{first_line(error)}; {log[-1]}" if log[-1] else first_line(error)
+            return Result(self.stage_of(error, at), reason, type(error).__name__)
         for (inputs, expected), found in zip(case.data, results, strict=True):
             complaint = difference(expected, found, case.rtol, case.atol)
             if complaint:
@@ -155,7 +157,7 @@ class Binding(TensorRT):
             if not parser.num_errors:
                 raise self.refused("parser", "refused without an error")
             error = parser.get_error(0)
-            raise Refused("parser", f"{error.node_operator()}: {error.desc()}", error.code().name)
+            raise Refused("parser", f"{error.node_operator()}: {error.desc()}", str(error.code()))
 
         runs = arrays_of(case, self.types)
         stage("shape")
@@ -284,7 +286,8 @@ class Jetrt(TensorRT):
         return {"executor": f"jetrt {self.jetrt.__version__}", "tensorrt": str(self.jetrt.library_info()["tensorrt"])}
 
     def stage_of(self, error: Exception, at: str) -> str:
-        return "shape" if isinstance(error, self.jetrt.errors.ShapeError) else at
+        errors = self.jetrt.errors
+        return {errors.ShapeError: "shape", errors.DTypeError: "type"}.get(type(error), at)
 
     def execute(self, case: Case, stage: Stage) -> list[list[np.ndarray]]:
         stage("parser")
@@ -294,7 +297,7 @@ class Jetrt(TensorRT):
         problems = network.parse(str(model))
         if problems:
             first = problems[0]
-            raise Refused("parser", f"{first['operator']}: {first['reason']}", str(first["code"]))
+            raise self.jetrt.errors.ModelError(f"{first['operator']}: {first['reason']}", problems=problems)
 
         runs = arrays_of(case, self.types)
         stage("shape")
@@ -318,7 +321,9 @@ class Jetrt(TensorRT):
         with self.jetrt.Engine(plan, graphs="off", verify="off") as engine:
             for run in runs:
                 outputs = engine.run({name: run[name] for name in engine.inputs}, synchronize=True)
-                results.append([np.asarray(outputs[name]) for name in case.outputs])
+                # Without inputs to follow, an output is jetrt's own tensor, on the device.
+                host = {n: v.numpy() if isinstance(v, self.jetrt.Tensor) else v for n, v in outputs.items()}
+                results.append([np.asarray(host[name]) for name in case.outputs])
         return results
 
     def gate(self, case: Case, inputs: Any, expected: Any, found: Any) -> str:

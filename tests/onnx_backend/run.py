@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None, executors: Any = EXECUTORS) -> int:
             "cases": dict(sorted(done.items())),
         }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        arguments.out.write_text(json.dumps(report, indent=1, default=str) + "\n")
     print(
         f"{report['seconds']:6.0f} s  {summary(counts)}; {len(report['not run'])} not run; written to {arguments.out}"
     )

@@ -195,6 +195,20 @@ def test_run_writes_and_resumes(tmp_path, capsys, monkeypatch):
     assert "libnvinfer.so.10: not found" in capsys.readouterr().err
 
 
+def test_on_the_stand_in(tmp_path, capsys):
+    """Through jetrt's parser, builder and engine."""
+    out = tmp_path / "jetrt.json"
+    wanted = "^test_(add|relu|matmul_2d|constant|sequence_insert_at_back)$"
+    arguments = ["--executor", "jetrt", "--workers", "1", "--out", str(out), "--cases", wanted]
+    assert run.main(arguments) == 0, capsys.readouterr().err
+    report = json.loads(out.read_text())
+    assert report["versions"]["tensorrt"] == "10.6.0.26"
+    assert report["counts"] == {"parser": 1, "pass": 4}
+    refused = report["cases"]["test_sequence_insert_at_back"]
+    assert refused["error"] == "ModelError"
+    assert refused["reason"]
+
+
 def report(tensorrt="10.6.0", **cases):
     full = {
         name: {"status": status, "reason": reason, "error": error, "gate": gate}
