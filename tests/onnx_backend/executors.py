@@ -280,9 +280,7 @@ class Jetrt(TensorRT):
         self.jetrt, self.network = jetrt, _core._Network
         self.folder = folder
         self.types = data_types()
-        # Opens the libraries now: their absence is no property of a case. While one builder lives, TensorRT keeps its
-        # kernels loaded for the next.
-        self.kept = _core._Network()
+        _core._Network()  # opens the libraries now: their absence is no property of a case
 
     def versions(self) -> dict[str, str]:
         return {"executor": f"jetrt {self.jetrt.__version__}", "tensorrt": str(self.jetrt.library_info()["tensorrt"])}
