@@ -116,14 +116,13 @@ impl Refitter {
         self.plan.refit(|weights| {
             for (name, values) in given {
                 let dims = self.find(&name).map(|(_, dims, _)| dims.clone()).unwrap_or_default();
+                // Those of `affine` have these names; a graph may have weights that are called so too.
                 match name.as_str() {
-                    "w" => {
-                        weights.w = values
-                            .chunks(dims.get(1).copied().unwrap_or(1).max(1))
-                            .map(<[f32]>::to_vec)
-                            .collect()
+                    "w" if !weights.named.contains_key("w") => {
+                        let columns = dims.get(1).copied().unwrap_or(1).max(1);
+                        weights.w = values.chunks(columns).map(<[f32]>::to_vec).collect();
                     }
-                    "b" => weights.b = values,
+                    "b" if !weights.named.contains_key("b") => weights.b = values,
                     _ => {
                         let values = values.into_iter().map(f64::from).collect();
                         weights.named.insert(name, Array { dims, values });
