@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -137,12 +138,12 @@ def test_models_that_the_gpu_cannot_compute():
 
 def test_flags_that_only_a_newer_library_has():
     refused(
-        "TensorRT 10.0.1 has not the flag INT4; TensorRT 10.1 up to the last 10 have it",
+        "TensorRT 10.0.1 does not have the flag INT4; TensorRT 10.1 up to the last 10 has it",
         tensorrt=(10, 0, 1),
         precision="fp16",
         quantization=["int4"],
     )
-    refused("has not the flag FP4; TensorRT 10.8", sm=100, precision="fp16", quantization=["fp4"])
+    refused("does not have the flag FP4; TensorRT 10.8", sm=100, precision="fp16", quantization=["fp4"])
 
 
 def test_a_model_with_types_of_its_own_is_said():
@@ -211,7 +212,7 @@ def test_what_tensorrt_11_no_longer_has():
     half = {"dtypes": ["float16"], "precision": "fp16"}
     for option in ({"fp32_patterns": ["*norm*"]}, {"fp32_norms": True}):
         refused("TensorRT 11 has no precision of single layers", "--nodes_to_exclude", **eleven, **half, **option)
-    refused("--tactic-sources CUDNN", "TensorRT 11.1.0 has not", **eleven, tactic_sources="CUDNN")
+    refused("--tactic-sources CUDNN", "TensorRT 11.1.0 does not have", **eleven, tactic_sources="CUDNN")
     refused("PREFER_PRECISION_CONSTRAINTS", "up to the last 10", **eleven, set_flags="PREFER_PRECISION_CONSTRAINTS")
 
 
@@ -357,7 +358,7 @@ def test_version_compatible():
 def test_hardware_compatibility():
     assert config(hardware_compatibility="ampere_plus").settings["hardware_compatibility_level"] == "AMPERE_PLUS"
     same = {"hardware_compatibility": "same_compute_capability"}
-    refused("SAME_COMPUTE_CAPABILITY; TensorRT 10.9 and later have it", **same)
+    refused("SAME_COMPUTE_CAPABILITY; TensorRT 10.9 and later has it", **same)
     found = config(**same, tensorrt=(10, 9, 0))
     assert found.settings["hardware_compatibility_level"] == "SAME_COMPUTE_CAPABILITY"
     assert "hardware_compatibility_level" not in config().settings
@@ -485,13 +486,17 @@ def test_set():
     [
         ("STRICT_NAN", "STRICT_NANS: TensorRT 10.6 and later."),
         ("STRICT_NAN", "there is no flag or setting STRICT_NAN. Did you mean 'STRICT_NANS'"),
-        ("EDITABLE_TIMING_CACHE", "TensorRT 10.6.0 has not the flag EDITABLE_TIMING_CACHE; TensorRT 10.8 and later"),
-        ("FP16", "FP16 belongs to an option of its own; use --precision"),
+        (
+            "EDITABLE_TIMING_CACHE",
+            "TensorRT 10.6.0 does not have the flag EDITABLE_TIMING_CACHE; TensorRT 10.8 and later",
+        ),
+        ("FP16", "FP16 is not set by itself; use --precision"),
+        ("INT4", "use a model with such QuantizeLinear/DequantizeLinear nodes, which sets it"),
         ("STRIP_PLAN", "use --strip-plan"),
         ("TF32", "--precision fp32 has decided TF32 already"),
         (
             "tiling_optimization_level=full",
-            "TensorRT 10.6.0 has not the setting tiling_optimization_level; TensorRT 10.8",
+            "TensorRT 10.6.0 does not have the setting tiling_optimization_level; TensorRT 10.8",
         ),
         ("max_nb_tactics=many", "max_nb_tactics takes a whole number above 0"),
         ("runtime_platform=mac", "takes one of SAME_AS_BUILD, WINDOWS_AMD64"),
@@ -500,6 +505,11 @@ def test_set():
 )
 def test_set_refused(item, text):
     refused(f"--set {item}", text, set_flags=item if "=" in item else f"{item}=on")
+
+
+def test_as_plain_json():
+    found = config(precision="fp16", io_formats="x:fp16:chw", low_memory_mode=True).to_mapping()
+    assert json.loads(json.dumps(found))["io_formats"] == [{"name": "x", "dtype": "float16", "formats": ["LINEAR"]}]
 
 
 # --------------------------------------------------------------------------------------------------------- I/O formats

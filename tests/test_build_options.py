@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jetrt.build import options as module
+from jetrt.build.hints import Bound
 from jetrt.build.options import PRECISIONS, BuildOptions, from_arguments
-from jetrt.build.profiles import Bound
 from jetrt.build.targets import PIPELINE, add_build_arguments, targets
 from jetrt.errors import BuildOptionError
 
@@ -174,7 +174,10 @@ def test_thresholds():
             {"opt": "s=5", "max": ["s=9", "s=4"]},
             ["--opt s=5 and --max s=4: the dimension 's' is 5 in opt and 4 in max"],
         ),
+        ({"dla_core": 0, "weight_streaming": True}, ["--weight-streaming and --dla-core contradict"]),
         ({"fp32_patterns": [""], "precision": "fp16"}, ["--fp32-patterns is ['']"]),
+        ({"fp32_patterns": [" "], "precision": "fp16"}, ["allowed: shell patterns of layer or tensor names"]),
+        ({"min": "x"}, ["--min x: cannot be read from 'x' on"]),
     ],
 )
 def test_contradictions(given_, texts):

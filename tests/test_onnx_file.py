@@ -9,6 +9,7 @@ import os
 import time
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -88,6 +89,20 @@ def test_structure(tmp_path):
     assert found.network_inputs() == [NetworkInput("x", "float32", (-1, 4), dimension_names=("batch", None))]
 
 
+def test_sparse_weights_and_packed_numbers(tmp_path):
+    proto = linear()
+    values = weight("sparse", np.ones(3, np.float32))
+    indices = weight("", np.arange(3))
+    proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [4, 4]))
+    content = proto.SerializeToString()
+    found = OnnxFile.open(written(tmp_path / "m.onnx", content))
+    assert [(w.name, w.shape) for w in found.initializers] == [("w", (4, 2)), ("sparse", (3,))]
+    # protobuf allows repeated numbers in either form
+    packed = content.replace(b"\x08\x04\x08\x02\x10\x0a", b"\x0a\x02\x04\x02\x10\x0a")
+    assert packed != content
+    assert OnnxFile.open(written(tmp_path / "p.onnx", packed)).initializers == found.initializers
+
+
 def test_operators_of_subgraphs_and_functions(tmp_path):
     def branch(op):
         inner = helper.make_graph([helper.make_node(op, ["x"], ["b"])], op, [], [tensor("b", [2])])
@@ -123,6 +138,8 @@ def test_every_kind_of_shape(tmp_path):
     ]
     with pytest.raises(ModelError, match="input 'r' has no shape; export the model with one"):
         found.network_inputs()
+    with pytest.raises(ModelError, match="input 'q' is of type sequence; TensorRT takes tensors alone"):
+        replace(found, inputs=found.inputs[3:]).network_inputs()
 
 
 @pytest.mark.parametrize(
@@ -353,6 +370,28 @@ def test_weight_shorter_than_its_shape(tmp_path):
     proto = linear()
     proto.graph.initializer[0].raw_data = bytes(15)
     refused(written(tmp_path / "m.onnx", proto), "the weight 'w' has 15 bytes; its shape needs 16")
+
+
+def test_input_of_impossible_rank(tmp_path):
+    proto = linear()
+    proto.graph.input[0].CopyFrom(tensor("x", [1] * 65))
+    refused(written(tmp_path / "m.onnx", proto), "'x' has 65 dimensions")
+
+
+def test_input_without_a_type(tmp_path):
+    proto = linear()
+    proto.graph.input[0].ClearField("type")
+    assert OnnxFile.open(written(tmp_path / "m.onnx", proto)).inputs[0].dtype == "undefined"
+
+
+@pytest.mark.parametrize("number", [1, 4, 5])
+def test_a_number_where_a_message_belongs(tmp_path, number):
+    """Of a node: its inputs, its operator, its attributes."""
+    graph = linear().graph.SerializeToString() + b"\x0a\x02" + bytes([number << 3, 1])
+    refused(
+        written(tmp_path / "m.onnx", b"\x08\x09\x42\x02\x10\x13\x3a" + _varint(len(graph)) + graph),
+        "it is not an ONNX model, or damaged: a number stands where",
+    )
 
 
 @pytest.mark.parametrize("dims", [[-1, 0], [2**62, 2**62], [1] * 65, [0] * 1_000_000])

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from jetrt.build.profiles import Bound, Hints, InputRange, NetworkInput, Profile, read_metadata, resolve
+from jetrt.build.hints import Bound, Hints, read_metadata
+from jetrt.build.profiles import InputRange, NetworkInput, Profile, resolve
 from jetrt.errors import BuildOptionError
 
 IMAGE = NetworkInput("x", "float32", (-1, 3, -1, -1), dimension_names=("batch", None, "height", "width"))
@@ -171,6 +172,8 @@ def test_shape_tensors():
         max=["n=[4,4]"],
     )
     refused([IDS], "'ids' is no shape tensor; write its shape as ids:1x3", opt=["ids=[1,2]"])
+    any_length = NetworkInput("n", "int64", (-1,), shape_tensor=True)
+    refused([any_length], "'n' has [1, 2, 2] values in min, opt and max", min=["n=[1]"], opt=["n=[1,2]"])
     refused([SIZES], "'n' is an input: write n=[…]", opt=["n=3"])
 
 

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import BuildOptionError
+from .hints import did_you_mean
 from .io_formats import IoFormat, parse_io_format
 from .layers import precision_layers
 from .options import BuildOptions
-from .profiles import did_you_mean
 from .system import MIB, lazy_module_loading, memory_limits
 from .versions import FLAGS, HARDWARE_LEVELS, SETTINGS, TACTIC_SOURCES, Presence
 
@@ -108,9 +108,10 @@ def native_config(
     )
 
 
-#: Flags that have an option of their own, which does more than the flag.
+#: Flags that follow from something that does more than the flag.
 _OWNED = {
-    **dict.fromkeys(("FP16", "INT8", "BF16", "FP8", "INT4", "FP4"), "--precision"),
+    **dict.fromkeys(("FP16", "INT8", "BF16", "FP8"), "--precision"),
+    **dict.fromkeys(("INT4", "FP4"), "a model with such QuantizeLinear/DequantizeLinear nodes, which sets it"),
     **dict.fromkeys(("STRIP_PLAN", "WEIGHTLESS", "REFIT_IDENTICAL"), "--strip-plan"),
     "REFIT": "--refittable",
     "WEIGHT_STREAMING": "--weight-streaming",
@@ -153,7 +154,7 @@ class _Decisions:
 
     def there(self, presence: Presence, what: str, option: str) -> None:
         if not presence.there(self.tensorrt):
-            raise _refuse(option, f"{self.here} has not {what}; {presence} have it.", self.here, str(presence))
+            raise _refuse(option, f"{self.here} does not have {what}; {presence} has it.", self.here, str(presence))
 
     def hardware(self, kind: str, option: str, who: str) -> None:
         least = _NEEDS_SM.get(kind, 0)
@@ -314,8 +315,6 @@ class _Decisions:
             )
         if self.tensorrt[0] == 10 and self.strong:
             raise _refuse(option, "the DLA of TensorRT 10 takes no strongly typed network. Leave --strongly-typed out.")
-        if o.weight_streaming:
-            raise _refuse(option, "and --weight-streaming contradict each other.")
         if o.gpu_fallback:
             self.flag("GPU_FALLBACK", "--gpu-fallback")
         else:
@@ -390,7 +389,7 @@ class _Decisions:
 
     def set_flag(self, name: str, on: bool, option: str) -> None:
         if name in _OWNED:
-            raise _refuse(option, f"{name} belongs to an option of its own; use {_OWNED[name]}.")
+            raise _refuse(option, f"{name} is not set by itself; use {_OWNED[name]}.")
         if self.flags.get(name, on) != on:
             raise _refuse(option, f"--precision {self.options.precision or 'fp32'} has decided {name} already.")
         self.flag(name, option, on)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from ..errors import BuildOptionError
-from .profiles import did_you_mean
+from .hints import did_you_mean
 
 __all__ = ["IoFormat", "parse_io_format"]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .profiles import Bound, did_you_mean
+from .hints import Bound, did_you_mean
 
 _MOST = 2**31 - 1
 

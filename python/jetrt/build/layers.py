@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ..errors import BuildOptionError
-from .profiles import did_you_mean
+from .hints import did_you_mean
 
 __all__ = ["precision_layers"]
 

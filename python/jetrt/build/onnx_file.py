@@ -59,6 +59,7 @@ _TYPES: dict[int, tuple[str, int]] = {
     25: ("uint2", 2),
     26: ("int2", 2),
 }
+_OTHER_TYPES = {4: "sequence", 5: "map", 8: "sparse tensor", 9: "optional"}  # fields of TypeProto
 # Element type of a quantised tensor -> what TensorRT would call the quantisation.
 _QUANTIZATION = {
     "int8": "int8",
@@ -162,8 +163,12 @@ class OnnxFile:
     def network_inputs(self) -> list[NetworkInput]:
         """Its inputs for `profiles.resolve`. Which of them are shape tensors only TensorRT's parser knows."""
         for info in self.inputs:
+            if info.shape is None and info.dtype in _OTHER_TYPES.values():
+                raise _refused(
+                    self.path, f"the input {info.name!r} is of type {info.dtype}; TensorRT takes tensors alone"
+                )
             if info.shape is None:
-                raise _refused(self.path, f"input {info.name!r} has no shape; export the model with one")
+                raise _refused(self.path, f"the input {info.name!r} has no shape; export the model with one")
         return [
             NetworkInput(info.name, info.dtype, info.shape, dimension_names=info.dimension_names)
             for info in self.inputs
@@ -439,8 +444,7 @@ class _Reader(Wire):
                 if len(dims) > _MAX_RANK:
                     raise _refused(self.path, f"{name!r} has {len(dims):,} dimensions")
                 return OnnxTensor(name, dtype, tuple(size for size, _ in dims), tuple(label for _, label in dims))
-            other = {4: "sequence", 5: "map", 8: "sparse tensor", 9: "optional"}
-            return OnnxTensor(name, next((other[number] for number in kind if number in other), "undefined"), None)
+            return OnnxTensor(name, next(filter(None, map(_OTHER_TYPES.get, kind)), "undefined"), None)
         return OnnxTensor(name, "undefined", None)
 
     def dimension(self, begin: int, end: int) -> tuple[int, str | None]:

@@ -20,8 +20,8 @@ from typing import Any
 
 from ..errors import BuildOptionError
 from . import kinds
+from .hints import Bound, Hints, did_you_mean, read_metadata
 from .kinds import Kind
-from .profiles import Bound, Hints, did_you_mean, read_metadata
 from .thresholds import Thresholds
 
 __all__ = ["PRECISIONS", "BuildOptions", "add_arguments", "from_arguments"]
@@ -283,6 +283,11 @@ def _contradictions(o: BuildOptions) -> Iterator[tuple[str, str]]:
     if o.dla_core is not None:
         for flag in given({"--strip-plan": o.strip_plan, "--refittable": o.refittable}):
             yield flag, "and --dla-core contradict each other: TensorRT does not refit what runs on the DLA"
+        if o.weight_streaming:
+            yield (
+                "--weight-streaming",
+                "and --dla-core contradict each other: the DLA has its weights in its own format",
+            )
         if next(given(calibration), None) and o.calib_algorithm != "entropy":
             yield (
                 "--calib-algorithm",

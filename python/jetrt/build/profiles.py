@@ -7,18 +7,28 @@ contradict each other are an error that names both. What a hint leaves open is f
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..errors import BuildOptionError
+from .hints import (
+    BATCH,
+    DEFAULT_SIZES,
+    GROOT_AXES,
+    LARGEST,
+    MODEL_TYPES,
+    Bound,
+    Hints,
+    did_you_mean,
+    dims,
+    quote,
+    wrong,
+)
 
-__all__ = ["Bound", "Hints", "InputRange", "NetworkInput", "Profile", "did_you_mean", "read_metadata", "resolve"]
+__all__ = ["Hints", "InputRange", "NetworkInput", "Profile", "resolve"]
 
 Shape = tuple[int, ...]
 #: A named dimension is one unknown wherever it appears (TensorRT takes equal names to mean equal sizes); one without
@@ -26,7 +36,6 @@ Shape = tuple[int, ...]
 Key = str | tuple[str, int]
 
 _BOUNDS = ("min", "opt", "max")
-_LARGEST = 2**31 - 1  # of one dimension, in TensorRT
 
 # ---------------------------------------------------------------------------------------------------------- results
 
@@ -82,187 +91,6 @@ class Profile:
         return cls(shapes, {name: triple(entry) for name, entry in mapping.get("values", {}).items()})
 
 
-# ------------------------------------------------------------------------------------------------------------ hints
-
-# Names are taken as they are, unless they hold what this syntax needs itself; then they stand in JSON's quotes.
-_ITEM = re.compile(
-    r'\s*(?:(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<name>[^",]+?))'
-    r"(?::(?P<dims>[-0-9x?]*)|=\[(?P<values>[^\]]*)\]|=(?P<size>-?[0-9?]+))\s*(?:,|\Z)"
-)
-_PLAIN = re.compile(r'[^\s",=\[\]\\:](?:[^",=\[\]\\\n]*[^\s",=\[\]\\:])?')
-_SYNTAX = (
-    "NAME:1x3x224x224 for a shape, NAME=[1,2] for the values of a shape tensor, DIMENSION=128 for a named dimension"
-)
-
-
-@dataclass(frozen=True)
-class Bound:
-    """What one ``--min``, ``--opt`` or ``--max`` says."""
-
-    shapes: Mapping[str, Shape] = field(default_factory=dict)
-    #: Values of shape tensors.
-    values: Mapping[str, Shape] = field(default_factory=dict)
-    #: Sizes of named dimensions.
-    dimensions: Mapping[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, text: str | Mapping[str, Any], option: str = "--opt") -> Bound:
-        """From ``x:1x3x224x224,n=[1,2],seq_len=128``, or from a mapping in which a list is a shape, a number is a
-        dimension, and ``{"values": [...]}`` is for a shape tensor. Raises `BuildOptionError`."""
-        found: dict[str, dict[str, Shape]] = {"shapes": {}, "values": {}, "dimensions": {}}
-        for name, kind, numbers in _items(text, option):
-            low, high = (-(2**63), 2**63 - 1) if kind == "values" else (0, _LARGEST)
-            if any(name in names for names in found.values()):
-                raise _wrong(f"{option} {text}", f"{name!r} is given twice; a second profile is a second {option}")
-            if not all(low <= number <= high for number in numbers):
-                raise _wrong(f"{option} {text}", f"{name!r}: a size is at least {low} and at most {high}")
-            found[kind][name] = numbers
-        return cls(found["shapes"], found["values"], {name: size for name, (size,) in found["dimensions"].items()})
-
-    def sizes(self) -> dict[str, int]:
-        """Every number by what it is of, in words."""
-        found = {f"{name!r}, axis {i}": n for name, shape in self.shapes.items() for i, n in enumerate(shape)}
-        found |= {f"{name!r}, value {i}": n for name, values in self.values.items() for i, n in enumerate(values)}
-        return found | {f"the dimension {name!r}": n for name, n in self.dimensions.items()}
-
-    def __str__(self) -> str:
-        items = [f"{_quote(name)}:{_dims(shape)}" for name, shape in self.shapes.items()]
-        items += [f"{_quote(name)}=[{','.join(map(str, values))}]" for name, values in self.values.items()]
-        items += [f"{_quote(name)}={size}" for name, size in self.dimensions.items()]
-        return ",".join(items)
-
-
-def _items(text: str | Mapping[str, Any], option: str) -> Iterable[tuple[str, str, Shape]]:
-    if not isinstance(text, str):
-        for name, value in text.items():
-            kind, numbers = "shapes", value
-            if isinstance(value, int):
-                kind, numbers = "dimensions", [value]
-            elif isinstance(value, Mapping):
-                kind, numbers = "values", value.get("values")
-            if not isinstance(numbers, (list, tuple)) or any(type(number) is not int for number in numbers):
-                raise _wrong(option, f"{name!r} is {value!r}; write a list of whole numbers")
-            yield name, kind, tuple(numbers)
-        return
-    position = 0
-    while position < len(text) or not position:
-        match = _ITEM.match(text, position)
-        if match is None:
-            raise _wrong(f"{option} {text}", f"cannot be read from {text[position:]!r} on; write {_SYNTAX}")
-        position = match.end()
-        name = json.loads(match["quoted"], strict=False) if match["quoted"] else match["name"].strip()
-        if match["dims"] is not None:
-            kind, parts = "shapes", match["dims"].split("x") if match["dims"] else []
-        elif match["values"] is not None:
-            kind, parts = "values", match["values"].split(",") if match["values"].strip() else []
-        else:
-            kind, parts = "dimensions", [match["size"]]
-        if any(part.strip() == "?" for part in parts):
-            raise _wrong(f"{option} {text}", f"{name!r}: replace each ? by a number")
-        try:
-            yield name, kind, tuple(map(int, parts))
-        except ValueError:
-            raise _wrong(f"{option} {text}", f"{name!r} has a part that is no number; write {_SYNTAX}") from None
-
-
-def _quote(name: str) -> str:
-    return name if _PLAIN.fullmatch(name) else json.dumps(name, ensure_ascii=False)
-
-
-def _dims(shape: Iterable[object]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _wrong(where: str, message: str, found: Any = None, allowed: Any = None) -> BuildOptionError:
-    end = "" if message[-1] in ".?" else "."
-    return BuildOptionError(f"{where}: {message}{end}", option=where.split()[0], found=found, allowed=allowed)
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """`` Did you mean 'images'?``, or nothing when no name is near."""
-    near = difflib.get_close_matches(name, list(names), 3, 0.5)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
-@dataclass(frozen=True)
-class Hints:
-    """Everything that is known about sizes beside the model. The n-th `Bound` belongs to the n-th profile; a single
-    one holds for all of them."""
-
-    min: tuple[Bound, ...] = ()
-    opt: tuple[Bound, ...] = ()
-    max: tuple[Bound, ...] = ()
-    #: Largest length of the dynamic sequence dimensions (those named ``*seq*`` or ``*length*``, and GR00T's).
-    max_seq_len: int | None = None
-    #: Length of GR00T's ``sa_embs`` to tune for: 1 + action horizon.
-    opt_sa_seq: int | None = None
-    #: Dimension name -> usual size, as `read_metadata` gives it.
-    metadata: Mapping[str, int] = field(default_factory=dict)
-    #: "dit" or "backbone": ranges that the fork's script has for them.
-    model_type: str | None = None
-    #: Fall back on GR00T's sizes for one GR1 camera where nothing else is known.
-    allow_default_hints: bool = False
-
-
-# GR00T: which dimension an axis is when the exporter left it without a name or made one up ("s77").
-_GROOT_AXES: dict[tuple[str, int], str] = {
-    ("sa_embs", 1): "sa_seq_len",
-    ("vl_embs", 1): "vl_seq_len",
-    ("image_mask", 1): "vl_seq_len",
-    ("backbone_attention_mask", 1): "vl_seq_len",
-    ("hidden_states", 1): "vl_seq_len",
-    ("inputs_embeds", 1): "seq_len",
-    ("input_ids", 1): "seq_len",
-    ("attention_mask", 1): "seq_len",
-    ("visual_pos_masks", 1): "seq_len",
-    ("position_ids", 2): "seq_len",
-    ("deepstack_0", 0): "num_vis_tokens",
-    ("deepstack_1", 0): "num_vis_tokens",
-    ("deepstack_2", 0): "num_vis_tokens",
-}
-_METADATA_KEYS = {  # key of export_metadata.json -> names of the dimension in the exported models
-    "sa_seq_len": ("sa_seq_len",),
-    "vl_seq_len": ("vl_seq_len",),
-    "llm_seq_len": ("seq_len", "sequence_length"),
-    "num_patches": ("num_patches",),
-    "num_merged_patches": ("num_merged_patches",),
-    "num_vis_tokens": ("num_vis_tokens",),
-    "batch_size": ("batch_size", "batch"),
-}
-_BATCH = frozenset({"batch_size", "batch"})
-_DEFAULT_SIZES = {"sa_seq_len": 51, "vl_seq_len": 280, "seq_len": 280, "sequence_length": 280}
-_MODEL_TYPES: dict[str, dict[str, tuple[int, int, int]]] = {
-    "dit": {"sa_seq_len": (1, 51, 256), "vl_seq_len": (1, 483, 1024)},
-    "backbone": {"seq_len": (1, 483, 1024), "sequence_length": (1, 483, 1024)},
-}
-
-
-def read_metadata(path: str | Path) -> dict[str, int]:
-    """Dimension name -> usual size from GR00T's ``export_metadata.json`` (or from the folder that holds it). Keys
-    that are no size are left out. Raises `BuildOptionError`."""
-    path = Path(path)
-    if path.is_dir():
-        path /= "export_metadata.json"
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise _wrong("--metadata", f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise _wrong("--metadata", f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or not content.keys() & _METADATA_KEYS:
-        known = ", ".join(_METADATA_KEYS)
-        raise _wrong("--metadata", f"{path} has none of the sizes that a GR00T export writes: {known}")
-    sizes = {}
-    for key, names in _METADATA_KEYS.items():
-        size = content.get(key)
-        if size is None:
-            continue
-        if type(size) is not int or not 0 < size <= _LARGEST // 2:
-            raise _wrong("--metadata", f"{path} says {key} is {size!r}; it must be a whole number above 0", found=size)
-        sizes.update(dict.fromkeys(names, size))
-    return sizes
-
-
 # ---------------------------------------------------------------------------------------------------------- resolve
 
 
@@ -299,7 +127,7 @@ class _Network:
     def names(self, key: Key) -> list[str]:
         """The names that a metadata file could know this dimension by, its own first."""
         own = [key] if isinstance(key, str) else []
-        return own + [_GROOT_AXES[info.name, axis] for info, axis in self.axes[key] if (info.name, axis) in _GROOT_AXES]
+        return own + [GROOT_AXES[info.name, axis] for info, axis in self.axes[key] if (info.name, axis) in GROOT_AXES]
 
     def where(self, key: Key) -> str:
         info, axis = self.axes[key][0]
@@ -342,9 +170,9 @@ class _Network:
         for index, bound in enumerate(bounds):
             option = f"--{_BOUNDS[index]}"
             for name, shape in bound.shapes.items():
-                info, source = self.input(name, option), f"{option} {_quote(name)}:{_dims(shape)}"
+                info, source = self.input(name, option), f"{option} {quote(name)}:{dims(shape)}"
                 if len(shape) != len(info.shape):
-                    raise _wrong(
+                    raise wrong(
                         source,
                         f"{len(shape)} dimensions; the input has {len(info.shape)}: {_shown(info)}",
                         allowed=info.shape,
@@ -354,23 +182,23 @@ class _Network:
                         record(info.key(axis), index, size, source)
                     elif fixed not in (size, -1):
                         message = f"axis {axis} is {size}; the model fixes it to {fixed}"
-                        raise _wrong(source, message, found=size, allowed=fixed)
+                        raise wrong(source, message, found=size, allowed=fixed)
             for name, size in bound.dimensions.items():
-                source = f"{option} {_quote(name)}={size}"
+                source = f"{option} {quote(name)}={size}"
                 if name not in self.axes:
-                    raise _wrong(source, self.no_dimension(name), found=name, allowed=self.dimensions())
+                    raise wrong(source, self.no_dimension(name), found=name, allowed=self.dimensions())
                 record(name, index, size, source)
             for name, numbers in bound.values.items():
                 info = self.input(name, option)
                 if not info.shape_tensor:
-                    source = f"{option} {_quote(name)}=[…]"
-                    raise _wrong(source, f"{name!r} is no shape tensor; write its shape as {_quote(name)}:1x3")
+                    source = f"{option} {quote(name)}=[…]"
+                    raise wrong(source, f"{name!r} is no shape tensor; write its shape as {quote(name)}:1x3")
                 length = 1
                 for fixed in info.shape:
                     length *= fixed
                 if -1 not in info.shape and length != len(numbers):
-                    source = f"{option} {_quote(name)}=[…]"
-                    raise _wrong(source, f"has {len(numbers)} values; the input has {length}", len(numbers), length)
+                    source = f"{option} {quote(name)}=[…]"
+                    raise wrong(source, f"has {len(numbers)} values; the input has {length}", len(numbers), length)
         return hard
 
     def input(self, name: str, option: str) -> NetworkInput:
@@ -391,7 +219,7 @@ class _Network:
     def no_dimension(self, name: str) -> str:
         if name in self.inputs:
             tensor = self.inputs[name].shape_tensor
-            return f"{name!r} is an input: write " + (f"{_quote(name)}=[…]" if tensor else f"{_quote(name)}:1x3")
+            return f"{name!r} is an input: write " + (f"{quote(name)}=[…]" if tensor else f"{quote(name)}:1x3")
         known = ", ".join(map(repr, self.dimensions())) or "none"
         return f"the model has no dynamic dimension {name!r}; it has {known}.{did_you_mean(name, self.dimensions())}"
 
@@ -403,14 +231,14 @@ class _Network:
             found = [key for key in self.axes if any(re.search("seq|length", n, re.I) for n in self.names(key))]
             if not found:
                 dynamic = ", ".join(map(self.where, self.axes)) or "none"
-                raise _wrong(
+                raise wrong(
                     "--max-seq-len", f"the model has no dynamic sequence dimension (dynamic are: {dynamic}); use --max"
                 )
             for key in found:
                 source = f"--max-seq-len {hints.max_seq_len}"
                 size, flag = hard.setdefault(key, {}).setdefault(2, (hints.max_seq_len, source))
                 if size > hints.max_seq_len:
-                    raise _wrong(source, f"{flag} asks for more: {size}", found=size, allowed=hints.max_seq_len)
+                    raise wrong(source, f"{flag} asks for more: {size}", found=size, allowed=hints.max_seq_len)
                 soft.setdefault(key, []).append({0: 1})
         if hints.opt_sa_seq is not None:
             size, source = hints.opt_sa_seq, f"--opt-sa-seq {hints.opt_sa_seq}"
@@ -421,11 +249,11 @@ class _Network:
                 reason = (
                     f"the model fixes sa_embs to {fixed}" if fixed is not None else "the model has no input sa_embs"
                 )
-                raise _wrong(source, reason, found=size, allowed=fixed)
+                raise wrong(source, reason, found=size, allowed=fixed)
             for key in found:
                 known = hard.setdefault(key, {}).setdefault(1, (size, source))
                 if known[0] != size:
-                    raise _wrong(source, f"{known[1]} says {known[0]}", found=size, allowed=known[0])
+                    raise wrong(source, f"{known[1]} says {known[0]}", found=size, allowed=known[0])
                 soft.setdefault(key, []).append({0: 1})
 
     # --- hints that give way
@@ -434,12 +262,12 @@ class _Network:
         """For each unknown the ranges that are known for it, best first."""
         levels = [{name: _generous(name, size) for name, size in hints.metadata.items()}]
         if hints.metadata:
-            levels[0] = {**dict.fromkeys(_BATCH, (1, 1, 8)), **levels[0]}
+            levels[0] = {**dict.fromkeys(BATCH, (1, 1, 8)), **levels[0]}
         if hints.model_type is not None:
-            levels.append({**dict.fromkeys(_BATCH, (1, 1, 1)), **_MODEL_TYPES[hints.model_type]})
+            levels.append({**dict.fromkeys(BATCH, (1, 1, 1)), **MODEL_TYPES[hints.model_type]})
         if hints.allow_default_hints:
-            sizes = {name: _generous(name, size) for name, size in _DEFAULT_SIZES.items()}
-            levels.append({**dict.fromkeys(_BATCH, (1, 1, 8)), **sizes})
+            sizes = {name: _generous(name, size) for name, size in DEFAULT_SIZES.items()}
+            levels.append({**dict.fromkeys(BATCH, (1, 1, 8)), **sizes})
         result: dict[Key, list[dict[int, int]]] = {}
         for key in self.axes:
             known = [level[name] for level in levels for name in self.names(key) if name in level]
@@ -465,7 +293,7 @@ class _Network:
             for index, size in level.items():
                 if index not in chosen:
                     floor = max([chosen[i] for i in chosen if i < index], default=0)
-                    ceiling = min([chosen[i] for i in chosen if i > index], default=_LARGEST)
+                    ceiling = min([chosen[i] for i in chosen if i > index], default=LARGEST)
                     chosen[index] = min(max(size, floor), ceiling)
         opt = chosen.get(1, chosen.get(2, chosen.get(0)))
         assert opt is not None  # the caller has put aside what no hint covers
@@ -479,7 +307,7 @@ class _Network:
             return None
         triple = (low if low is not None else opt, opt, high if high is not None else opt)
         if len(set(map(len, triple))) != 1:
-            raise _wrong("--min/--opt/--max", f"{info.name!r} has {[*map(len, triple)]} values in min, opt and max")
+            raise wrong("--min/--opt/--max", f"{info.name!r} has {[*map(len, triple)]} values in min, opt and max")
         for i, sizes in enumerate(zip(*triple, strict=True)):
             if not sizes[0] <= sizes[1] <= sizes[2]:
                 raise BuildOptionError(
@@ -509,15 +337,15 @@ class _Network:
                 return info.shape[axis]
             if key in known:
                 return known[key][index]
-            return 1 if key in _BATCH else "?"
+            return 1 if key in BATCH else "?"
 
         flags = []
         for index, bound in enumerate(bounds):
             items = [str(bound)] if str(bound) else []
-            items += [f"{_quote(i.name)}:{_dims(size(i, axis, index) for axis in range(len(i.shape)))}" for i in inputs]
+            items += [f"{quote(i.name)}:{dims(size(i, axis, index) for axis in range(len(i.shape)))}" for i in inputs]
             for name in absent:
                 length = next((n for n in self.inputs[name].shape if n > 0), 1)
-                items.append(f"{_quote(name)}=[{','.join('?' * length)}]")
+                items.append(f"{quote(name)}=[{','.join('?' * length)}]")
             flags.append(f"--{_BOUNDS[index]} {shlex.quote(','.join(items))}")
         text = f"{'; '.join(what)}. Give {' '.join(flags)}"
         if "?" in text:
@@ -527,7 +355,7 @@ class _Network:
 
 def _generous(name: str, opt: int) -> tuple[int, int, int]:
     """The range that the scripts give a size of export_metadata.json."""
-    return (1, opt, max(8, opt)) if name in _BATCH else (1, opt, max(2 * opt, opt + 64))
+    return (1, opt, max(8, opt)) if name in BATCH else (1, opt, max(2 * opt, opt + 64))
 
 
 def _dynamic(info: NetworkInput) -> list[int]:
