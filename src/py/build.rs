@@ -342,6 +342,11 @@ impl Network {
         self.detached(py, |b| b.set_timing_cache(data, ignore_mismatch))
     }
 
+    /// Adds another timing cache to the one in use; false when it does not fit.
+    fn combine_timing_cache(&self, py: Python<'_>, data: &[u8]) -> PyResult<bool> {
+        self.detached(py, |b| b.combine_timing_cache(data))
+    }
+
     fn timing_cache<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyBytes>>> {
         let data = self.lock().timing_cache()?;
         Ok(data.map(|d| PyBytes::new(py, &d)))

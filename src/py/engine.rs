@@ -204,7 +204,7 @@ impl EngineBase {
             let _relaxed = Relaxed::enter();
             Ok((Device::get(device)?, library(&folders, Some(plan.header.version))?))
         })?;
-        let warnings = check_manifest(py, &path, machine(py, gpu, lib)?, verify, refit.as_deref())?;
+        let warnings = check_manifest(py, &plan, machine(py, gpu, lib)?, verify, refit.as_deref())?;
         let loaded = py.detach(|| -> Result<(Executor, LoadReport, Option<String>)> {
             let _relaxed = Relaxed::enter();
             lib.load_plugins(&plugins)?;
@@ -533,15 +533,22 @@ impl EngineBase {
 }
 
 /// What `jetrt.provenance` says about the manifest beside the plan: it raises, or gives warnings. Without one, Python is not asked.
-fn check_manifest(py: Python<'_>, plan: &Path, machine: Bound<'_, PyDict>, verify: bool, refit: Option<&Path>) -> PyResult<Vec<String>> {
-    let mut manifest = plan.as_os_str().to_owned();
+fn check_manifest(
+    py: Python<'_>,
+    plan: &PlanFile,
+    machine: Bound<'_, PyDict>,
+    verify: bool,
+    refit: Option<&Path>,
+) -> PyResult<Vec<String>> {
+    let mut manifest = plan.path.as_os_str().to_owned();
     manifest.push(".json");
     if !Path::new(&manifest).exists() {
         return Ok(Vec::new());
     }
     let verify = if verify { "auto" } else { "off" };
+    let version = plan.header.version.to_string();
     py.import("jetrt.provenance")?
-        .call_method1("check_before_load", (plan, machine, verify, refit))?
+        .call_method1("check_for_core", (&plan.path, machine, verify, version, refit))?
         .extract()
 }
 

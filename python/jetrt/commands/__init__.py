@@ -1,1 +1,5 @@
-"""Commands of `jetrt`, one module each; `jetrt.cli` puts them together."""
+"""The subcommands of `jetrt`, one module each: ``add_NAME`` fills its parser, which names the function that runs it."""
+
+
+class UsageError(Exception):
+    """The command line makes no sense for this model."""

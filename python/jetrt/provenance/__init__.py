@@ -9,7 +9,7 @@ Nothing here imports more than the standard library: it runs before every load.
 
 from __future__ import annotations
 
-from .check import Difference, check_before_load, check_refit, differences, needs_refit, rebuild_command
+from .check import Difference, check_before_load, check_for_core, check_refit, differences, needs_refit, rebuild_command
 from .manifest import (
     SCHEMA,
     BuildReport,
@@ -40,6 +40,7 @@ __all__ = [
     "Tensor",
     "build_once",
     "check_before_load",
+    "check_for_core",
     "check_refit",
     "differences",
     "engine_lock",

@@ -7,10 +7,11 @@ manifest and no `.sha256` is hashed here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -129,6 +130,37 @@ def check_before_load(
     if milder:
         rows = ", ".join(f"{d.field} is {d.here}, in the manifest {d.manifest}" for d in milder)
         warnings.append(f"{engine} was built on a machine that was set up differently: {rows}.")
+    return warnings
+
+
+def check_for_core(
+    engine: str | os.PathLike[str],
+    gpu: Mapping[str, Any],
+    verify: Literal["auto", "off"],
+    version: str,
+    refit: str | os.PathLike[str] | None,
+) -> list[str]:
+    """What `jetrt.Engine` calls: `check_before_load`, and for a plan without weights that the ONNX is the right one."""
+    warnings = check_before_load(
+        engine,
+        lambda: Machine.here(core=lambda _: gpu),
+        verify=verify,
+        tensorrt_plan_version=version,
+        refit=refit is not None,
+    )
+    if refit is None:
+        return warnings
+    with contextlib.suppress(ManifestError if verify == "off" else ()):
+        manifest = Manifest.read(engine)
+        if manifest is not None:
+            from ..build.onnx_file import OnnxFile
+
+            try:
+                check_refit(manifest, OnnxFile.open(refit).sha256().sha256)
+            except ManifestError as error:
+                if verify == "auto":
+                    raise
+                warnings.append(str(error))
     return warnings
 
 

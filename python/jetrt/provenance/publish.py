@@ -133,7 +133,7 @@ def remove_leftovers(path: str | os.PathLike[str]) -> list[Path]:
     again and again.
     """
     path = Path(path)
-    mine = re.compile(rf"\.{re.escape(path.name)}(?:\.sha256|\.json)?\.(\d+)\.tmp", re.ASCII)
+    mine = re.compile(rf"\.{re.escape(path.name)}(?:\.sha256|\.json|\.level\d|\.reference)?\.(\d+)\.tmp", re.ASCII)
     removed = []
     for entry in path.parent.iterdir():
         match = mine.fullmatch(entry.name)

@@ -225,6 +225,36 @@ impl Builder {
         }
     }
 
+    /// Adds the timings of another cache to the one in use. False when it is of another library or GPU, or there is none in use.
+    pub fn combine_timing_cache(&self, data: &[u8]) -> Result<bool> {
+        let lib = self.lib;
+        let mark = crate::log::TENSORRT.mark();
+        // SAFETY: as in `set_timing_cache`; VTimingCache::combine(const ITimingCache&, bool) on the configuration's cache.
+        unsafe {
+            let cache = call!(lib, self.config, config_slot::GET_TIMING_CACHE, fn() -> *mut c_void)?;
+            let Some(cache) = Handle::new(cache) else {
+                return Ok(false);
+            };
+            let made = call!(
+                lib,
+                self.config,
+                config_slot::CREATE_TIMING_CACHE,
+                fn(*const c_void, u64) -> *mut c_void,
+                data.as_ptr().cast(),
+                data.len() as u64
+            )?;
+            let other = Object::new(made).ok_or_else(|| refused("TensorRT could not read the timing cache", mark))?;
+            call!(
+                lib,
+                cache,
+                timing_cache::COMBINE,
+                fn(*mut c_void, bool) -> bool,
+                other.public(),
+                false
+            )
+        }
+    }
+
     /// The timing cache as it is now; `None` when there is none.
     pub fn timing_cache(&self) -> Result<Option<Vec<u8>>> {
         let lib = self.lib;

@@ -1,0 +1,78 @@
+"""Messages and arrays between a process and its child: JSON and raw bytes, nothing is ever unpickled.
+
+A frame is ``<u64 length><JSON>`` and then the bytes of the arrays that the JSON lists (name, dtype, shape).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+from collections.abc import Mapping
+from math import prod
+from typing import IO, Any
+
+import numpy as np
+
+from .arrays import Array, dtype_name, from_bits
+
+__all__ = ["Link", "Message"]
+
+Message = dict[str, Any]
+_LENGTH = struct.Struct("<Q")
+#: Of the JSON alone; the layers of a large network take some megabytes.
+_LARGEST = 1 << 30
+
+
+class Link:
+    """One end of two pipes. Sending is safe from several threads; receiving is for one."""
+
+    def __init__(self, incoming: IO[bytes], outgoing: IO[bytes]) -> None:
+        self._in, self._out = incoming, outgoing
+        self._sending = threading.Lock()
+
+    def send(self, message: Message, arrays: Mapping[str, Array] | None = None) -> None:
+        """Raises `BrokenPipeError` when the other side is gone."""
+        packed = {name: np.asarray(array, order="C") for name, array in (arrays or {}).items()}
+        described = [[name, dtype_name(array), array.shape] for name, array in packed.items()]
+        head = json.dumps({**message, "arrays": described}).encode()
+        with self._sending:
+            self._out.write(_LENGTH.pack(len(head)) + head)
+            for array in packed.values():
+                self._out.write(array.reshape(-1).view(np.uint8).data)
+            self._out.flush()
+
+    def receive(self) -> tuple[Message, dict[str, Array]]:
+        """The next frame. Raises `EOFError` when the other side is gone."""
+        (length,) = _LENGTH.unpack(self._bytes(_LENGTH.size))
+        if length > _LARGEST:
+            raise EOFError(f"a message of {length} bytes")
+        message: Message = json.loads(self._bytes(length))
+        arrays = {}
+        for name, dtype, shape in message.pop("arrays"):
+            kind = _dtype(dtype)
+            data = self._bytes(prod(shape) * kind.itemsize)
+            array = np.frombuffer(data, kind).reshape(shape)
+            arrays[name] = from_bits(array) if dtype == "bfloat16" else array
+        return message, arrays
+
+    def _bytes(self, count: int) -> bytearray:
+        data = bytearray(count)
+        view, filled = memoryview(data), 0
+        while filled < count:
+            read = self._in.readinto(view[filled:])  # type: ignore[attr-defined]
+            if not read:
+                raise EOFError("the other process is gone")
+            filled += read
+        return data
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    if name == "bfloat16":
+        return np.dtype(np.uint16)
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, name))

@@ -1,0 +1,155 @@
+"""`jetrt stamp`: a manifest for a plan that came without one, after running it here."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import _core
+from ..build import parity
+from ..build.arrays import load_npz, widened
+from ..build.audit import ACCEPTED, audit
+from ..build.onnx_file import OnnxFile
+from ..build.pipeline import (
+    NoReferenceError,
+    compare,
+    identify,
+    layer_times,
+    model_file,
+    outputs_of,
+    reference_outputs,
+    tried,
+)
+from ..build.profiles import InputRange, NetworkInput, Profile
+from ..build.progress import reporter
+from ..build.reference import from_text
+from ..build.thresholds import Thresholds
+from ..errors import BuildOptionError, EngineBuildError
+from ..provenance import EngineFile, Manifest, Parity, Tensor, engine_lock, publish
+
+__all__ = ["add_stamp", "run_stamp"]
+
+
+def add_stamp(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(function=run_stamp)
+    parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan that has no manifest")
+    parser.add_argument("--onnx", type=Path, metavar="MODEL.onnx", help="the model it was built from: parity is checked")
+    parser.add_argument("--precision", choices=sorted(ACCEPTED), default="fp32", help="what it was built for (fp32)")
+    parser.add_argument("--reference", metavar="KIND", help="what to compare with: a kind of reference, or an .npz file")
+    parser.add_argument("--inputs", type=Path, metavar="FILE.npz", help="inputs to run it with")
+    parser.add_argument("--parity-limit", action="append", nargs="+", default=[], metavar="LIMIT")
+    parser.add_argument("--plugin", dest="plugins", action="append", default=[], metavar="LIBRARY")
+    parser.add_argument("--device", type=int, default=0, metavar="N", help="number of the GPU (0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the manifest that is there")
+
+
+def run_stamp(arguments: argparse.Namespace) -> None:
+    """Give a plan that came without one a manifest, after running it here."""
+    plan: Path = arguments.plan
+    header = _core.read_plan(plan)
+    if Manifest.path_for(plan).exists() and not arguments.overwrite:
+        raise EngineBuildError(
+            f"{plan} has a manifest already. Look at it with `jetrt inspect`, or replace it with --overwrite.",
+            path=str(plan),
+        )
+    load: dict[str, Any] = {"device": arguments.device, "plugins": arguments.plugins, "refit": None}
+    with reporter("auto") as shown:
+        shown.title("looking at this machine")
+        here = identify(arguments.device)
+        shown.title(f"loading {plan}")
+        tables = tried(plan, [], load, library=here.library, reporter=shown).result
+        infos = [
+            NetworkInput(row["name"], row["dtype"], tuple(row["shape"]), row["location"] == "host")
+            for row in tables["inputs"]
+        ]
+        profiles = _profiles(plan, tables, infos)
+        given = load_npz(arguments.inputs, "--inputs") if arguments.inputs is not None else None
+        cases = parity.points(profiles, infos, given=given)
+        shown.title(f"running {plan}")
+        found = tried(plan, cases, load, library=here.library, reporter=shown, layer_runs=20)
+        thresholds = Thresholds.parse(
+            arguments.precision, [word for words in arguments.parity_limit for word in words]
+        )
+        model = None
+        report = parity.not_run("no model was given (--onnx)", thresholds)
+        if arguments.onnx is not None:
+            shown.title("computing the reference")
+            model = OnnxFile.open(arguments.onnx)
+            try:
+                references = reference_outputs(
+                    model.path,
+                    cases,
+                    from_text(arguments.reference) if arguments.reference is not None else {},
+                    outputs={row["name"]: row["shape"] for row in tables["outputs"]},
+                    own_types={info.name: info.dtype for info in model.inputs},
+                    reporter=shown,
+                )
+                report = compare(cases, found, references, thresholds)
+            except NoReferenceError as error:
+                report = parity.not_run(str(error), thresholds)
+    print(report.table())
+    sys.stdout.flush()
+    parity.gate(report, allow_not_run=True)
+    for output in outputs_of(found, len(cases)):
+        for name, array in output.items():
+            wide = widened(array)
+            if wide.dtype.kind == "f" and not np.isfinite(wide).all():
+                raise EngineBuildError(
+                    f"{plan}: output {name!r} holds NaN or infinity for random inputs. If that is right for this model, "
+                    "give inputs that suit it with --inputs.",
+                    path=str(plan),
+                )
+    audited = audit(found.result["inspector"], layer_times(found.result["layer_times"]), arguments.precision)
+    stored = report.to_mapping()
+    engine = EngineFile.of(plan)
+    manifest = Manifest(
+        jetrt=_core.build_info()["version"],
+        origin="stamp",
+        key=hashlib.sha256(f"stamp:{engine.sha256}".encode()).hexdigest(),
+        engine=engine,
+        model=None if model is None else model_file(model, model.sha256()),
+        options=None,
+        command=None,
+        machine=here.machine,
+        version_compatible=header["serialization"] == 0,
+        inputs=_tensors(tables["inputs"]),
+        outputs=_tensors(tables["outputs"]),
+        profiles=tuple(profile.to_mapping() for profile in profiles),
+        audit=audited.to_mapping(),
+        parity=Parity(**{**stored, "cases": tuple(stored["cases"])}),
+    )
+    with engine_lock(plan, timeout=60):
+        publish(None, plan, manifest)
+    print(f"{Manifest.path_for(plan)} and {plan}.sha256 are written: it ran here on {len(cases)} sets of inputs.")
+
+
+def _profiles(plan: Path, tables: dict[str, Any], infos: list[NetworkInput]) -> list[Profile]:
+    unknown = [info.name for info in infos if info.shape_tensor]
+    if unknown:
+        raise BuildOptionError(
+            f"{plan}: {', '.join(unknown)} are shape tensors, whose allowed values a plan does not tell. Build it again "
+            "from its ONNX with `jetrt build`, which writes a manifest.",
+        )
+    if not tables["profile_shapes"]:
+        return [Profile({info.name: InputRange(info.shape, info.shape, info.shape) for info in infos})]
+    return [
+        Profile(
+            {
+                name: InputRange(tuple(bounds["min"]), tuple(bounds["opt"]), tuple(bounds["max"]))
+                for name, bounds in shapes.items()
+            }
+        )
+        for shapes in tables["profile_shapes"]
+    ]
+
+
+def _tensors(rows: list[dict[str, Any]]) -> tuple[Tensor, ...]:
+    return tuple(
+        Tensor(row["name"], row["dtype"], tuple(row["shape"]), row["location"], row["format"] or "unknown")
+        for row in rows
+    )
