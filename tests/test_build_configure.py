@@ -255,6 +255,7 @@ NETWORK = [
     layer(1, "ln", "NORMALIZATION", ["conv1_out"]),
     layer(2, "shape_of_ln", "SHAPE", ["ln_out"], dtype="int64"),
     layer(3, "softmax", "SOFTMAX", ["ln_out"], ["attention"]),
+    layer(4, "count", "ELEMENTWISE", ["shape_of_ln_out"], dtype="int64"),
 ]
 
 

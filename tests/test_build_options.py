@@ -58,6 +58,11 @@ def test_sizes(given_, bytes_):
         assert options("--workspace", given_).workspace == bytes_
 
 
+@pytest.mark.parametrize(("given_", "seconds"), [("90", 90), ("1.5s", 1.5), ("10m", 600), ("2h", 7200), (3, 3)])
+def test_times(given_, seconds):
+    assert BuildOptions(timeout=given_).timeout == seconds
+
+
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
@@ -69,6 +74,7 @@ def test_sizes(given_, bytes_):
         ("opt_level", "fast", "0 to 5, or auto"),
         ("levels", "2-7", "levels from 0 to 5, as 2-5 or 2,3,5"),
         ("levels", [], "levels from 0 to 5"),
+        ("levels", [6], "levels from 0 to 5"),
         (
             "require_precision",
             "0.95",
@@ -438,6 +444,9 @@ def test_heuristic_build_is_a_level():
     assert "TensorRT 10 has optimisation levels up to 2 in its place" in target.notes[0]
     (low,) = targets(parsed("--onnx", "m.onnx", "--heuristic-build", "--low-memory-mode"))
     assert low.options.opt_level is None
+    for level in (0, 1, 2):
+        (own,) = targets(parsed("--onnx", "m.onnx", "--heuristic-build", "--opt-level", level))
+        assert own.options.opt_level == level
     with pytest.raises(BuildOptionError, match="--heuristic-build and --opt-level 3 contradict each other"):
         targets(parsed("--onnx", "m.onnx", "--heuristic-build", "--opt-level", "3"))
 

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from jetrt.build.onnx_file import OnnxFile
+from jetrt.build.onnx_file import _TYPES, OnnxFile
 from jetrt.build.profiles import NetworkInput
 from jetrt.errors import ModelError
 
@@ -120,6 +120,25 @@ def test_operators_of_subgraphs_and_functions(tmp_path):
     found = OnnxFile.open(written(tmp_path / "m.onnx", proto))
     assert found.operators == {"If": 3, "Relu": 2, "Sigmoid": 2, "mine.Scale": 1, "Mul": 1}
     assert [node.op for node in found.nodes] == ["If", "Scale"]
+
+
+@pytest.mark.parametrize("number", sorted(set(_TYPES) - {TensorProto.STRING}))
+def test_bytes_of_every_element_type(tmp_path, number):
+    proto = linear()
+    proto.graph.initializer.append(weight("t", np.zeros(5, helper.tensor_dtype_to_np_dtype(number))))
+    added = OnnxFile.open(written(tmp_path / "m.onnx", proto)).initializers[1]
+    assert added.bytes == len(proto.graph.initializer[1].raw_data)
+    assert added.dtype == helper.tensor_dtype_to_np_dtype(number).name.replace("e2m1fn", "e2m1").replace(
+        "e8m0fnu", "e8m0"
+    )
+
+
+def test_every_kind_of_number_is_stepped_over(tmp_path):
+    """Floats of attributes are fixed32; fixed64 is in no field of ONNX yet."""
+    proto = linear()
+    proto.graph.node.append(helper.make_node("Elu", ["h"], ["e"], alpha=1.5))
+    content = proto.SerializeToString() + bytes([99 << 3 & 0x7F | 0x81, 99 >> 4]) + bytes(range(8))
+    assert [node.op for node in OnnxFile.open(written(tmp_path / "m.onnx", content)).nodes] == ["Cast", "MatMul", "Elu"]
 
 
 def test_every_kind_of_shape(tmp_path):
@@ -313,6 +332,7 @@ def test_model_file_over_two_gigabytes(tmp_path):
         file.seek(size, os.SEEK_CUR)
         file.write(rest)
         file.write(message(8, 2) + b"\x10\x13")
+    path_bytes = path.stat().st_size
     tracemalloc.start()
     found = OnnxFile.open(path)
     peak = tracemalloc.get_traced_memory()[1]
@@ -322,7 +342,8 @@ def test_model_file_over_two_gigabytes(tmp_path):
     assert found.opset == 19
     assert peak < 1 << 20
     os.truncate(path, size)
-    refused(path, "it is truncated", "Copy or download it again")
+    refused(path, "it is truncated", f"and the file has {size:,}. Copy or download it again")
+    assert f"field 7 needs {path_bytes - 4:,} bytes" in refused(path)
 
 
 # ---------------------------------------------------------------------------------------------------- damaged files
@@ -348,6 +369,7 @@ def test_missing_empty_and_not_a_file(tmp_path):
         (b"\x3a\x00", "no IR version or no graph"),
         (b"\x08" + b"\xff" * 11, "a number has more than ten bytes"),
         (b"\x08\x09\x3b", "unknown wire type 3"),
+        (b"zzzzzzzz", "it does not begin like one"),
     ],
 )
 def test_other_files(tmp_path, content, text):

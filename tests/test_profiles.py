@@ -118,6 +118,7 @@ def test_syntax_round_trip(names, shape, values, size):
 def test_static_network_needs_no_hint():
     assert one([STATIC]) == Profile({"s": InputRange((1, 8), (1, 8), (1, 8))})
     assert resolve([], Hints()) == (Profile({}),)
+    assert one([NetworkInput("e", "float32", (0, 3))]).shapes["e"] == InputRange((0, 3), (0, 3), (0, 3))
 
 
 def test_shapes_by_input_and_by_dimension():
