@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from ctypes import c_bool, c_char_p, c_float, c_int32, c_uint32, c_uint64, c_void_p
+from ctypes import c_bool, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def build(tmp_path: Path) -> Iterator[Callable[..., Build]]:
         return one
 
     yield make
-    for one in made:
+    for one in reversed(made):
         one.close()
 
 
@@ -830,7 +830,7 @@ def test_timing_cache(build: Callable[..., Build]) -> None:
 # Plans that need something --------------------------------------------------------------------------------------------
 
 
-def refit(session: Session, path: Path | None, refits: bool = True) -> list[str]:
+def refit(session: Session, path: Path | None, refits: bool = True, early: bool = False) -> list[str]:
     """From an ONNX file, as jetrt does it."""
     b = Build.__new__(Build)
     b.__dict__.update(session.trt.__dict__)
@@ -840,6 +840,7 @@ def refit(session: Session, path: Path | None, refits: bool = True) -> list[str]
     names = (c_char_p * missing)()
     b.call(refitter, "VRefitter", "getMissingWeights", c_int32, c_int32(missing), ctypes.addressof(names))
     result = [name.decode() for name in names]
+    parser = 0
     if path is not None:
         parser = b.factory("createNvOnnxParserRefitter_INTERNAL", refitter, session.trt.logger, 100)
         done = b.direct(parser, "IParserRefitter", "refitFromFile", c_bool, str(path).encode())
@@ -847,8 +848,11 @@ def refit(session: Session, path: Path | None, refits: bool = True) -> list[str]
         if not refits:
             (error,) = b.parse_errors(parser, "IParserRefitter")
             assert error["code"] in (3, 14)
+    if parser and early:
         b.direct(parser, "IParserRefitter", "~dtor_deleting", None)
     assert b.call(refitter, "VRefitter", "refitCudaEngine", c_bool) is refits
+    if parser and not early:
+        b.direct(parser, "IParserRefitter", "~dtor_deleting", None)
     session.trt.destroy(refitter)
     return result
 
@@ -894,6 +898,8 @@ def test_stripped_plan_with_the_weights_of_another_model_is_a_mistake(
     w = np.ones((64, 10), np.float32)
     refit(session, fakes.onnx_model(tmp_path / "other.onnx", weights={"w": w, "b": w[0]}))
     assert "kREFIT_IDENTICAL was refitted with other weights" in session.trt.fake.errors()[0]
+    refit(session, tmp_path / "m.onnx", early=True)
+    assert "parser refitter, which owns the weights, had been destroyed" in session.trt.fake.errors()[1]
     session.trt.fake.reset()
     session.close()
 
@@ -922,6 +928,63 @@ for i, path in enumerate(sys.argv[1:]):
     assert "getEngineHostCodeAllowed" in same[1]
     other = fakes.run_python(code, *paths, version="10.7.0.23").stdout.splitlines()
     assert [line.split()[0] for line in other] == ["False", "False", "True", "False"]
+
+
+def test_hardware_compatible_plans(build: Callable[..., Build], tmp_path: Path) -> None:
+    b = build("mlp")
+    code = """
+import sys, test_fakes
+trt = test_fakes.Trt()
+engine = trt.engine(trt.runtime(), open(sys.argv[1], "rb").read())
+print(engine is not None, trt.errors())
+"""
+    path = tmp_path / "m.engine"
+    path.write_bytes(built(b))
+    assert "expecting compute 8.6 got compute 9.0" in fakes.run_python(code, str(path), env={"FAKE_CUDA_SM": 86}).stdout
+    b.set("setHardwareCompatibilityLevel", c_int32(1))
+    path.write_bytes(built(b))
+    assert fakes.run_python(code, str(path), env={"FAKE_CUDA_SM": 86}).stdout.startswith("True")
+    assert fakes.run_python(code, str(path), env={"FAKE_CUDA_SM": 75}).stdout.startswith("False")
+
+
+def test_weight_streaming(build: Callable[..., Build]) -> None:
+    b = build("mlp")
+    session = Session(built(b))
+    budget = ("VCudaEngine", "setWeightStreamingBudgetV2", c_bool)
+    assert not session.trt.call(session.engine, *budget, c_int64(0))
+    assert "kWEIGHT_STREAMING during build time" in session.trt.errors()[-1]
+    session.close()
+    b.flag(21)
+    assert b.build() is None
+    assert "kWEIGHT_STREAMING is only supported for kSTRONGLY_TYPED networks." in b.errors()[-1]
+    strong = build("mlp", strong=True)
+    session = Session(built(strong, 21))
+    assert session.trt.call(session.engine, "VCudaEngine", "getStreamableWeightsSize", c_int64) == 4096
+    assert not session.trt.call(session.engine, *budget, c_int64(0))
+    assert "while there are active IExecutionContexts" in session.trt.errors()[-1]
+    session.trt.destroy(session.context)
+    assert not session.trt.call(session.engine, *budget, c_int64(5000))
+    assert session.trt.call(session.engine, *budget, c_int64(1000))
+    assert session.trt.call(session.engine, "VCudaEngine", "getWeightStreamingBudgetV2", c_int64) == 1000
+    context = session.trt.context(session.engine)
+    assert context
+    session.context = context
+    session.close()
+
+
+def test_engine_says_that_it_is_stripped(tmp_path: Path) -> None:
+    code = """
+import fakes, sys, test_fakes_builder as t
+b = t.Build()
+assert b.parse(fakes.onnx_model(sys.argv[1], "mlp"))
+session = t.Session(t.built(b, 19))
+assert session.trt.call(session.engine, "VCudaEngine", "getEngineStat", t.c_int64, t.c_int32(1)) == (64 * 10 + 10) * 4
+assert session.trt.call(session.engine, "VCudaEngine", "isRefittable", t.c_bool)
+t.refit(session, sys.argv[1])
+assert session.trt.call(session.engine, "VCudaEngine", "getEngineStat", t.c_int64, t.c_int32(1)) == 0
+session.close()
+"""
+    fakes.run_python(code, str(tmp_path / "m.onnx"), version="10.14.1.48")
 
 
 # Faults on demand -----------------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ pub fn refittable(model: &Model, path: Option<&std::path::Path>) -> Done<Vec<Ref
     });
     let initializers = model.graph.initializers.iter().map(|data| (data.name.clone(), data));
     let all: Vec<(String, &onnx::Data)> = initializers.chain(constants).filter(|(_, data)| is_float(data.dtype)).collect();
-    let total: usize = all.iter().map(|(_, data)| data.count()).sum();
+    let total = all.iter().map(|(_, data)| data.count()).fold(0, usize::saturating_add);
     for (name, data) in all {
         data.check(path)?;
         result.push(Refittable {
@@ -485,10 +485,11 @@ fn plan(
         None => Vec::new(),
     };
     warn_of_weights(&weights, choices, &network.reporter);
-    let bytes: usize = weights
-        .iter()
-        .map(|one| one.dims.iter().product::<i64>() as usize * width(one.dtype).max(1))
-        .sum();
+    let size = |one: &Refittable| {
+        let sizes = one.dims.iter().map(|&d| d.max(0) as usize);
+        sizes.fold(width(one.dtype).max(1), usize::saturating_mul)
+    };
+    let bytes = weights.iter().map(size).fold(0, usize::saturating_add).min(1 << 40);
     let stripped = config.has(builder_flag::STRIP_PLAN);
     let refit = if stripped || config.has(builder_flag::REFIT_IDENTICAL) {
         Some("identical")
@@ -505,7 +506,7 @@ fn plan(
     put("layers", json!(layers(network, choices, settings)));
     put("built", built(network, config, choices, scales, cached));
     put("sm", json!(sm()?));
-    put("weights_bytes", json!(bytes.max(4096)));
+    put("weights_bytes", json!(bytes.clamp(4096, 64 << 20)));
     put("weight_streaming", json!(config.has(builder_flag::WEIGHT_STREAMING)));
     let level = member(
         hardware_compatibility_level::ALL,

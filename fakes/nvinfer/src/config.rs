@@ -20,6 +20,7 @@ use crate::{allowed, text, Reporter};
 pub struct Config {
     pub reporter: Reporter,
     shared: Arc<Shared>,
+    strong: bool,
     pub flags: u32,
     pub quantization_flags: u32,
     /// Everything that is one number, by the setter's name.
@@ -65,6 +66,7 @@ impl Config {
         shared.objects.fetch_add(1, Ordering::Relaxed);
         let mut config = Config {
             reporter,
+            strong: shared.strong.load(Ordering::Relaxed),
             shared,
             flags: 0,
             quantization_flags: 0,
@@ -146,7 +148,7 @@ impl Config {
         if ignored(flag.name) || ignored(method) {
             return;
         }
-        let strong = self.shared.strong.load(Ordering::Relaxed);
+        let strong = self.strong;
         let why = match flag.name {
             _ if !on => None,
             name @ ("FP16" | "INT8" | "BF16" | "FP8" | "INT4" | "FP4") if strong => {

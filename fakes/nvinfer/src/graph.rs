@@ -655,7 +655,9 @@ impl Graph {
                     .first()
                     .and_then(|name| weights.get(name).cloned())
                     .ok_or("a constant is lost")?,
-                _ => step.run(&given)?,
+                // What a wrong model says may be out of any range.
+                _ => std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| step.run(&given)))
+                    .unwrap_or_else(|_| Err(format!("{} makes no sense", step.op)))?,
             };
             if let Some(name) = step.outputs.first() {
                 values.insert(name.clone(), result);

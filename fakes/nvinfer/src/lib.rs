@@ -1,5 +1,6 @@
-//! A stand-in for the TensorRT runtime library (`libnvinfer.so.10` or `.so.11`, by FAKE_TRT_VERSION): real object layout and slot numbers, real
-//! rules about shapes, addresses, streams and capture, its work done through the driver stand-in, its failures worded like TensorRT's.
+//! A stand-in for TensorRT and its ONNX parser (`libnvinfer.so.10` or `.so.11`, by FAKE_TRT_VERSION): real object layout and slot numbers, real
+//! rules about shapes, addresses, streams and capture, and about building; its work done through the driver stand-in, its failures worded
+//! like TensorRT's.
 #![allow(clippy::missing_safety_doc, clippy::too_many_arguments)]
 
 #[path = "../../../src/trt/abi.rs"]

@@ -15,7 +15,7 @@ use crate::{allowed, text, Reporter};
 #[derive(Default)]
 pub struct Shared {
     pub objects: AtomicUsize,
-    /// Whether one of its networks is strongly typed: the setters of its configurations then refuse precisions.
+    /// Whether the network made last is strongly typed: a configuration made after it then refuses precisions.
     pub strong: AtomicBool,
 }
 
@@ -75,9 +75,7 @@ impl Network {
         let bit = abi::network_definition_creation_flag::STRONGLY_TYPED.value(major, minor);
         let strong = major >= 11 || bit.is_some_and(|bit| flags >> bit & 1 != 0);
         shared.objects.fetch_add(1, Ordering::Relaxed);
-        if strong {
-            shared.strong.store(true, Ordering::Relaxed);
-        }
+        shared.strong.store(strong, Ordering::Relaxed);
         Network {
             reporter,
             strong,

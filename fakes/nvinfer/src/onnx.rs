@@ -376,7 +376,8 @@ impl Node {
 
 impl Data {
     pub fn count(&self) -> usize {
-        self.dims.iter().map(|&d| d.max(0) as usize).product()
+        let sizes = self.dims.iter().map(|&d| d.max(0) as usize);
+        sizes.fold(1, usize::saturating_mul)
     }
 
     /// Where the values are, for external data; the error is the line that TensorRT logs.
@@ -398,7 +399,8 @@ impl Data {
         if offset.saturating_add(length) > size {
             return Err(format!("Failed to read weights from external file: {}", path.display()));
         }
-        let wanted = self.count() * if self.dtype == 11 { 8 } else { dtype(self.dtype).map_or(0, width) };
+        let each = if self.dtype == 11 { 8 } else { dtype(self.dtype).map_or(0, width) };
+        let wanted = self.count().saturating_mul(each);
         if wanted > 0 && wanted as u64 != length {
             return Err(format!(
                 "Unexpected size for the external weights! Expected size: {wanted} bytes (shape = {:?}). Actual size: {length} bytes.",

@@ -430,14 +430,17 @@ impl Parser {
         }
     }
 
-    fn parse(&mut self, bytes: &[u8], path: Option<PathBuf>) -> Result<(), Vec<Failure>> {
-        let model = onnx::parse(bytes).map_err(|why| {
+    fn read(bytes: &[u8]) -> Result<Model, Vec<Failure>> {
+        onnx::parse(bytes).map_err(|why| {
             vec![Failure::of_model(
                 parser_error_code::MODEL_DESERIALIZE_FAILED,
                 "deserializeOnnxModel",
                 &format!("Assertion failed: model->ParseFromCodedStream(&codedInput) && \"Failed to parse the ONNX model.\" ({why})"),
             )]
-        })?;
+        })
+    }
+
+    fn parse(&mut self, model: Model, path: Option<PathBuf>) -> Result<(), Vec<Failure>> {
         faults::of_model(model.metadata.get("fake_build").map(String::as_str));
         let stage = &faults::settings(None)["parse"];
         if let Err(why) = faults::perform(stage, &self.reporter, &mut |_| true) {
@@ -515,7 +518,8 @@ unsafe extern "C" fn parse(this: This, bytes: *const u8, size: u64, path: *const
     if !parser.may_start("parse") {
         return false;
     }
-    let done = parser.parse(std::slice::from_raw_parts(bytes, size as usize), path_of(path));
+    let model = Parser::read(std::slice::from_raw_parts(bytes, size as usize));
+    let done = model.and_then(|model| parser.parse(model, path_of(path)));
     parser.keep(done)
 }
 
@@ -530,24 +534,19 @@ unsafe extern "C" fn parse_from_file(this: This, name: *const c_char, _verbosity
         parser.reporter.error(&format!("Input is not a regular file: {shown}"));
         return false;
     }
-    let bytes = match std::fs::read(&path) {
-        Ok(bytes) if onnx::parse(&bytes).is_ok() => bytes,
+    let Some(model) = std::fs::read(&path).ok().and_then(|bytes| onnx::parse(&bytes).ok()) else {
         // As the real one: a line in the log, and no error in the list.
-        _ => {
-            parser.reporter.error(&format!("Failed to parse ONNX model from file: {shown}!"));
-            return false;
-        }
+        parser.reporter.error(&format!("Failed to parse ONNX model from file: {shown}!"));
+        return false;
     };
-    if let Ok(model) = onnx::parse(&bytes) {
-        let lines = [
-            format!("Input filename:   {shown}"),
-            format!("ONNX IR version:  0.0.{}", model.ir_version),
-            format!("Opset version:    {}", model.opset),
-            format!("Producer name:    {}", model.producer),
-        ];
-        lines.iter().for_each(|line| parser.reporter.log(severity::INFO, line));
-    }
-    let done = parser.parse(&bytes, Some(path));
+    let lines = [
+        format!("Input filename:   {shown}"),
+        format!("ONNX IR version:  0.0.{}", model.ir_version),
+        format!("Opset version:    {}", model.opset),
+        format!("Producer name:    {}", model.producer),
+    ];
+    lines.iter().for_each(|line| parser.reporter.log(severity::INFO, line));
+    let done = parser.parse(model, Some(path));
     for failure in done.as_ref().err().into_iter().flatten() {
         if let Some((i, _, op)) = &failure.node {
             // SAFETY: the network that the parser was made for.

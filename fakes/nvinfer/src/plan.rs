@@ -37,7 +37,8 @@ impl Dims {
     }
 
     pub fn volume(&self) -> usize {
-        self.shape().iter().map(|&d| d.max(0) as usize).product()
+        let sizes = self.shape().iter().map(|&d| d.max(0) as usize);
+        sizes.fold(1, usize::saturating_mul)
     }
 
     pub fn known(&self) -> bool {
@@ -392,6 +393,9 @@ impl Plan {
             if inputs == shapes {
                 return outputs.clone();
             }
+        }
+        if self.inputs().any(|(i, _)| shapes[i].volume() > 1 << 28) {
+            return self.io.iter().map(|tensor| tensor.shape).collect();
         }
         let zeros = self.inputs().map(|(i, tensor)| {
             let dims: Vec<usize> = shapes[i].shape().iter().map(|&d| d.max(0) as usize).collect();

@@ -102,7 +102,7 @@ pub extern "C" fn fake_trt_last_failed() -> *const c_char {
     record().last_failed.as_ptr()
 }
 
-/// kind: IRuntime, ICudaEngine, IExecutionContext, IHostMemory, IEngineInspector.
+/// kind: the name of an interface, such as ICudaEngine.
 #[no_mangle]
 pub unsafe extern "C" fn fake_trt_live(kind: *const c_char) -> u64 {
     record().live.get(text(kind)).copied().unwrap_or(0) as u64

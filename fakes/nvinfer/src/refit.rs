@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::{c_char, c_void, CString};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use half::{bf16, f16};
 
@@ -31,6 +31,8 @@ pub struct Refitter {
     /// Every weight that a refit may set, in the plan's order.
     all: Vec<(CString, Vec<usize>, i32)>,
     given: HashMap<String, Vec<f32>>,
+    /// The parser refitters whose memory the weights lie in until the engine has them.
+    owners: Vec<Weak<()>>,
     threads: i32,
     validation: bool,
 }
@@ -56,6 +58,7 @@ impl Refitter {
             reporter,
             all: all.collect(),
             given: HashMap::new(),
+            owners: Vec::new(),
             threads: 1,
             validation: true,
             plan,
@@ -105,6 +108,9 @@ impl Refitter {
                 missing.join(", ")
             ));
             return false;
+        }
+        if self.owners.drain(..).any(|owner| owner.strong_count() == 0) {
+            mistake("an engine was refitted after the parser refitter, which owns the weights, had been destroyed");
         }
         let identical = self.plan.content["refit"] == "identical";
         let complete = self.given.len() == self.all.len();
@@ -267,6 +273,7 @@ pub struct ParserRefitter {
     reporter: Reporter,
     refitter: *mut Public,
     errors: Errors,
+    alive: Arc<()>,
 }
 
 impl ParserRefitter {
@@ -275,6 +282,7 @@ impl ParserRefitter {
             reporter,
             refitter,
             errors: Errors::default(),
+            alive: Arc::default(),
         }
     }
 
@@ -302,6 +310,7 @@ impl ParserRefitter {
         let done = weights.and_then(|weights| {
             // SAFETY: the refitter that this one was made for, which must outlive it.
             let refitter = unsafe { of::<Refitter>(self.refitter) };
+            refitter.owners.push(Arc::downgrade(&self.alive));
             let mut set = 0;
             for one in weights {
                 if refitter.find(&one.name).is_none() {
