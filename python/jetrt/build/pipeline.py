@@ -187,7 +187,7 @@ def _calibration_data(
         profile,
         preprocessing=None if text is None else Preprocessing.parse(text),
         batch_size=options.calib_batch,
-        minimum=options.calib_min_samples,
+        minimum=getattr(options,'calib_min_samples',500),
     )
 
 
@@ -410,7 +410,7 @@ class _Build:
                 self.references = self._tensorrt_reference(cases)
                 return
             # The reference takes the model's own types.
-            own = {info["name"]: info["dtype"] for info in answer.result["inputs"]}
+            own = {info.name: info.dtype for info in self.model.inputs}
             self.references = reference_outputs(
                 self.model.path, cases, source, outputs=shapes, own_types=own, reporter=self.reporter
             )

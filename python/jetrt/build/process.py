@@ -132,7 +132,7 @@ def _started(library: str | None, environment: Mapping[str, str] | None) -> Iter
 def _environment(library: str | None, more: Mapping[str, str] | None) -> dict[str, str]:
     found = dict(os.environ)
     # The child finds the very package that this process runs.
-    package = str(Path(__file__).resolve().parents[2])
+    package = str(Path(__file__).absolute().parents[2])
     paths = [entry for entry in found.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != package]
     found["PYTHONPATH"] = os.pathsep.join([package, *paths])
     found["PYTHONUNBUFFERED"] = "1"

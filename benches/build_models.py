@@ -1,0 +1,213 @@
+"""`jetrt build` on real models: transcripts, accuracy, audit, cost against NVIDIA's binding, and what auto chooses.
+
+    python benches/build_models.py --work /tmp/work --out results/ [--only ocr,dit,auto,cost]
+
+Needs a GPU and a TensorRT with its builder (JETRT_TENSORRT_PATH). The models are those of tests/gpu/workloads.py. Every
+build is the command line in a process of its own, and its transcript is kept; only the builds' own gates judge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+import workloads  # noqa: E402
+
+
+def profile_flags(shapes: tuple[tuple[int, ...], ...]) -> list[str]:
+    words = []
+    for bound, shape in zip(("--min", "--opt", "--max"), shapes, strict=True):
+        words += [bound, "x:" + "x".join(map(str, shape))]
+    return words
+
+
+def command(onnx: Path, engine: Path, *more: str) -> dict[str, Any]:
+    """One `jetrt build`, with what it printed."""
+    words = ["build", "--onnx", str(onnx), "--engine", str(engine), "--progress", "plain", *more]
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "jetrt", *words], capture_output=True, text=True, check=False)
+    seconds = time.monotonic() - begin
+    result: dict[str, Any] = {
+        "command": shlex.join(["jetrt", *words]),
+        "status": done.returncode,
+        "seconds": round(seconds, 2),
+        "output": done.stdout,
+        "messages": done.stderr[-6000:],
+    }
+    manifest = Path(f"{engine}.json")
+    if done.returncode == 0 and manifest.exists():
+        found = json.loads(manifest.read_text())
+        parity = found["parity"]
+        result |= {
+            "bytes": found["engine"]["bytes"],
+            "build": found["build"],
+            "parity": parity["state"],
+            "audit": {key: found["audit"][key] for key in ("share", "shares", "findings")} if found["audit"] else None,
+            "outputs": [
+                {
+                    "point": f"{case['profile']}.{case['point']}",
+                    **{key: output[key] for key in ("output", "cosine", "max_abs", "max_rel")},
+                }
+                for case in parity["cases"]
+                for output in case["outputs"]
+            ],
+            "machine": found["machine"],
+            "levels": found["levels"],
+        }
+    print(f"{result['status']} {seconds:6.1f} s  {result['command']}", flush=True)
+    return result
+
+
+def ocr(work: Path) -> dict[str, Any]:
+    """Detection and recognition in four precisions, and the text that each pair reads from a drawn page."""
+    import jetrt
+
+    detection, recognition = workloads.ocr_models()
+    sets = workloads.calibration_sets(work, count=64)
+    results: dict[str, Any] = {}
+    for name, onnx, shapes, data in (
+        ("det", detection, workloads.DETECTION_SHAPES, sets[0]),
+        ("rec", recognition, workloads.RECOGNITION_SHAPES, sets[1]),
+    ):
+        for precision in ("fp32", "fp16", "bf16", "int8"):
+            more = ["--precision", precision, "--timing-cache", str(work / "timing.cache"), *profile_flags(shapes)]
+            if precision == "int8":
+                cache = str(work / f"{name}.calib")
+                more += ["--calib-data", str(data), "--calib-cache", cache, "--calib-batch", "1"]
+                more += ["--calib-min-samples", "1"]
+            key = f"{name}_{precision}"
+            engine = work / f"{key}.engine"
+            results[key] = command(onnx, engine, *more)
+            if results[key]["status"] != 0:  # kept for its text, though the gate refused it
+                results[f"{key}_no_gate"] = command(onnx, engine, *more, "--no-parity")
+    page, drawn = workloads.demo_page()
+    characters = workloads.alphabet(recognition)
+    texts: dict[str, Any] = {"drawn": drawn}
+    for precision in ("fp32", "fp16", "bf16", "int8"):
+        try:
+            detect = jetrt.Engine(work / f"det_{precision}.engine", graphs="off")
+            recognise = jetrt.Engine(work / f"rec_{precision}.engine", graphs="off")
+            texts[precision] = workloads.read_page(
+                page, workloads.function(detect), workloads.function(recognise), characters
+            )
+        except Exception as error:
+            texts[precision] = f"{type(error).__name__}: {error}"
+    results["texts"] = texts
+    results["fp16 reads what fp32 reads"] = texts["fp32"] == texts["fp16"]
+    return results
+
+
+def dit(work: Path) -> dict[str, Any]:
+    model = workloads.Dit(layers=2)
+    onnx = work / "dit.onnx"
+    model.write(onnx)
+    words = ["--strongly-typed"]
+    for bound, length in zip(("--min", "--opt", "--max"), model.lengths, strict=True):
+        shapes = [f"{name}:{'x'.join(map(str, shape))}" for name, shape in model.shapes(length).items()]
+        words += [bound, ",".join(shapes)]
+    return {"dit_2_layers": command(onnx, work / "dit.engine", *words)}
+
+
+def auto(work: Path) -> dict[str, Any]:
+    """What auto picks, and whether it is ever slower than the default level."""
+    detection, _ = workloads.ocr_models()
+    flags = ["--precision", "fp16", "--timing-cache", str(work / "timing.cache")]
+    flags += profile_flags(workloads.DETECTION_SHAPES)
+    return {"det_fp16_auto": command(detection, work / "det_auto.engine", *flags, "--opt-level", "auto")}
+
+
+BINDING = """
+import sys, time, json, resource
+import tensorrt_bindings as trt
+logger = trt.Logger(trt.Logger.ERROR)
+trt.init_libnvinfer_plugins(logger, "")
+onnx, plan, shapes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+begin = time.monotonic()
+builder = trt.Builder(logger); network = builder.create_network(0); parser = trt.OnnxParser(network, logger)
+assert parser.parse_from_file(onnx)
+config = builder.create_builder_config()
+config.clear_flag(trt.BuilderFlag.TF32); config.set_flag(trt.BuilderFlag.FP16)
+config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+profile = builder.create_optimization_profile(); profile.set_shape("x", *shapes)
+config.add_optimization_profile(profile)
+start = time.monotonic()
+data = builder.build_serialized_network(network, config)
+built = time.monotonic() - start
+open(plan, "wb").write(data)
+print(json.dumps({"build_seconds": built, "seconds": time.monotonic() - begin,
+                  "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+"""
+
+
+def cost(work: Path) -> dict[str, Any]:
+    """Build time and memory against NVIDIA's binding, the same model and flags, in turn."""
+    detection, _ = workloads.ocr_models()
+    rounds: dict[str, list[Any]] = {"binding": [], "jetrt": [], "jetrt with parity and audit": []}
+    shapes = json.dumps(workloads.DETECTION_SHAPES)
+    for turn in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", BINDING, str(detection), str(work / "b.engine"), shapes],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        rounds["binding"].append(json.loads(done.stdout.splitlines()[-1]))
+        for name, more in (("jetrt", ["--no-parity", "--no-audit"]), ("jetrt with parity and audit", [])):
+            engine = work / f"cost{turn}{len(more)}.engine"
+            flags = ["--precision", "fp16", *profile_flags(workloads.DETECTION_SHAPES), *more]
+            result = command(detection, engine, *flags)
+            build = result.get("build") or {}
+            rounds[name].append(
+                {
+                    "build_seconds": build.get("seconds"),
+                    "seconds": result["seconds"],
+                    "phases": build.get("phases"),
+                    "peak_bytes": build.get("peak_host_bytes"),
+                    "status": result["status"],
+                }
+            )
+    medians = {
+        name: {
+            key: statistics.median(row[key] for row in rows if row[key] is not None)
+            for key in ("build_seconds", "seconds", "peak_bytes")
+            if any(row[key] is not None for row in rows)
+        }
+        for name, rows in rounds.items()
+    }
+    return {"rounds": rounds, "medians": medians}
+
+
+SECTIONS = {"ocr": ocr, "dit": dit, "auto": auto, "cost": cost}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where models and plans go")
+    parser.add_argument("--out", type=Path, required=True, help="where results go")
+    parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAMES")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in arguments.only.split(","):
+        try:
+            found = SECTIONS[name](arguments.work)
+        except Exception:
+            found = {"failed": traceback.format_exc()}
+            print(found["failed"], flush=True)
+        (arguments.out / f"build_{name}.json").write_text(json.dumps(found, indent=1) + os.linesep)
+
+
+if __name__ == "__main__":
+    main()
