@@ -376,6 +376,8 @@ def test_hardware_compatibility():
         **ORIN,
     )
     refused("sm_80 or later; this one is sm_75", hardware_compatibility="ampere_plus", sm=75)
+    assert config(hardware_compatibility="ampere_plus", sm=80).settings
+    assert config(**same, tensorrt=(10, 9, 0), sm=75).settings
 
 
 def test_sparse_weights():

@@ -461,6 +461,12 @@ def test_nesting_is_limited(tmp_path):
     refused(written(tmp_path / "m.onnx", nested(60)), "the graph has no outputs")
 
 
+def test_a_node_longer_than_its_graph(tmp_path):
+    graph = b"\x0a\x20" + bytes(8)
+    content = b"\x08\x09\x42\x02\x10\x13\x3a" + _varint(len(graph)) + graph + b"\x12\x40" + bytes(64)
+    refused(written(tmp_path / "m.onnx", content), "field 1 is longer than the message around it")
+
+
 def test_a_file_of_empty_nodes_takes_no_memory_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr("jetrt.build.wire.MAX_ENTRIES", 1000)
     body = b"\x0a\x00" * 2000  # two bytes a node in the file, hundreds in memory

@@ -356,7 +356,12 @@ def test_shapes_of_the_scripts():
     assert one([IDS], model_type="backbone").shapes["ids"] == InputRange((1, 1), (1, 483), (1, 1024))
     default = one(DIT, allow_default_hints=True)
     assert default.shapes["vl_embs"] == InputRange((1, 1, 2048), (1, 280, 2048), (8, 560, 2048))
+    assert default.shapes["sa_embs"] == InputRange((1, 1, 1536), (1, 51, 1536), (8, 115, 1536))
     assert default.shapes["timestep"] == InputRange((1,), (1,), (8,))
+    for name in ("seq_len", "sequence_length"):
+        llm = NetworkInput("a", "int64", (-1,), dimension_names=(name,))
+        assert one([llm], allow_default_hints=True).shapes["a"] == InputRange((1,), (280,), (560,))
+        assert one([llm], model_type="backbone").shapes["a"] == InputRange((1,), (483,), (1024,))
 
 
 # ------------------------------------------------------------------------------------------------------- properties
