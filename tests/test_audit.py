@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jetrt.build.audit import ACCEPTED, audit, check, tactic_precision
+from jetrt.builder.audit import ACCEPTED, audit, check, tactic_precision
 from jetrt.errors import BuildOptionError, EngineBuildError, PrecisionError
 from jetrt.known_failures import explain
 

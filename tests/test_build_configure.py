@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jetrt.build import versions
-from jetrt.build.configure import IoFormat, native_config, parse_io_format, precision_layers
-from jetrt.build.io_formats import _FORMATS
-from jetrt.build.options import PRECISIONS, BuildOptions
+from jetrt.builder import versions
+from jetrt.builder.configure import IoFormat, native_config, parse_io_format, precision_layers
+from jetrt.builder.io_formats import _FORMATS
+from jetrt.builder.options import PRECISIONS, BuildOptions
 from jetrt.errors import BuildOptionError
 
 ABI = Path(__file__).parent.parent / "abi"

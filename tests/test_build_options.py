@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jetrt.build import options as module
-from jetrt.build.hints import Bound
-from jetrt.build.options import PRECISIONS, BuildOptions, from_arguments
-from jetrt.build.targets import PIPELINE, add_build_arguments, targets
+from jetrt.builder import options as module
+from jetrt.builder.hints import Bound
+from jetrt.builder.options import PRECISIONS, BuildOptions, from_arguments
+from jetrt.builder.targets import PIPELINE, add_build_arguments, targets
 from jetrt.errors import BuildOptionError
 
 

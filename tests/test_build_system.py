@@ -1,4 +1,4 @@
-"""`jetrt.build.system`: preparing the machine for a build, limits of memory, watching a process."""
+"""`jetrt.builder.system`: preparing the machine for a build, limits of memory, watching a process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jetrt.build import system
-from jetrt.build.system import MIB, MemoryWatch, lazy_module_loading, memory_limits, prepared_system, raise_oom_score
+from jetrt.builder import system
+from jetrt.builder.system import MIB, MemoryWatch, lazy_module_loading, memory_limits, prepared_system, raise_oom_score
 from jetrt.errors import BuildOptionError
 
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jetrt.build.calibration import MINIMUM_SAMPLES, CalibrationData, Preprocessing, load
-from jetrt.build.calibration_cache import (
+from jetrt.builder.calibration import MINIMUM_SAMPLES, CalibrationData, Preprocessing, load
+from jetrt.builder.calibration_cache import (
     Cache,
     check_cache,
     check_calls,
@@ -26,7 +26,7 @@ from jetrt.build.calibration_cache import (
     save_cache,
     sidecar_of,
 )
-from jetrt.build.profiles import InputRange, NetworkInput, Profile
+from jetrt.builder.profiles import InputRange, NetworkInput, Profile
 from jetrt.errors import BuildOptionError, CalibrationCacheError, EngineBuildError
 
 try:
@@ -577,7 +577,7 @@ def test_a_cache_of_another_version_is_not_saved(tmp_path, data):
 
 
 def test_a_crash_between_cache_and_sidecar_is_refused(cache, data, monkeypatch):
-    from jetrt.build import calibration_cache
+    from jetrt.builder import calibration_cache
 
     write = calibration_cache.replace_text
 

@@ -17,7 +17,7 @@ from manifests import MANIFEST, ORIN
 
 import fakes
 from jetrt import errors, inspection
-from jetrt.build.audit import audit
+from jetrt.builder.audit import audit
 from jetrt.commands.inspect import add_inspect
 from jetrt.inspection import collect, text
 from jetrt.provenance import BuildReport, EngineFile, Manifest, Parity, Sha256Sidecar, Tensor

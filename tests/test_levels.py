@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jetrt import errors
-from jetrt.build import remembered as remembered_module
-from jetrt.build.levels import NOISE_FLOOR, Built, Failure, LevelTable, Timing, Trial, choose, search, ties
-from jetrt.build.parity import Case, Thresholds, judge, not_run
-from jetrt.build.reference import Reference
-from jetrt.build.remembered import Remembered
+from jetrt.builder import remembered as remembered_module
+from jetrt.builder.levels import NOISE_FLOOR, Built, Failure, LevelTable, Timing, Trial, choose, search, ties
+from jetrt.builder.parity import Case, Thresholds, judge, not_run
+from jetrt.builder.reference import Reference
+from jetrt.builder.remembered import Remembered
 
 ONES = np.ones(3, np.float32)
 CASES = [Case(0, "opt", {})]
@@ -506,8 +506,8 @@ def test_processes_do_not_lose_each_others_entries(path):
     script = textwrap.dedent(
         """
         import sys
-        from jetrt.build.levels import LevelRow
-        from jetrt.build.remembered import Remembered
+        from jetrt.builder.levels import LevelRow
+        from jetrt.builder.remembered import Remembered
         for i in range(10):
             Remembered(tensorrt="10", gpu="g", sm_count=1, model_sha256=f"{sys.argv[2]}.{i}", options={},
                        path=sys.argv[1]).update([LevelRow(3, "chosen"), LevelRow(2, "failed", how="crash")])

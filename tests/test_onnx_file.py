@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from jetrt.build.onnx_file import _TYPES, OnnxFile
-from jetrt.build.profiles import NetworkInput
+from jetrt.builder.onnx_file import _TYPES, OnnxFile
+from jetrt.builder.profiles import NetworkInput
 from jetrt.errors import ModelError
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
@@ -468,7 +468,7 @@ def test_a_node_longer_than_its_graph(tmp_path):
 
 
 def test_a_file_of_empty_nodes_takes_no_memory_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("jetrt.build.wire.MAX_ENTRIES", 1000)
+    monkeypatch.setattr("jetrt.builder.wire.MAX_ENTRIES", 1000)
     body = b"\x0a\x00" * 2000  # two bytes a node in the file, hundreds in memory
     refused(
         written(tmp_path / "m.onnx", b"\x08\x09\x42\x02\x10\x13\x3a" + _varint(len(body)) + body),

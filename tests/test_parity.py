@@ -16,12 +16,12 @@ from hypothesis.extra import numpy as hnp
 
 import jetrt
 from jetrt import errors
-from jetrt.build import comparison
-from jetrt.build.arrays import dtype_name, from_bits, to_bfloat16, widened
-from jetrt.build.parity import Case, ParityReport, Thresholds, compare, gate, judge, not_run, points
-from jetrt.build.profiles import InputRange, NetworkInput, Profile
-from jetrt.build.reference import Reference
-from jetrt.build.thresholds import Limits
+from jetrt.builder import comparison
+from jetrt.builder.arrays import dtype_name, from_bits, to_bfloat16, widened
+from jetrt.builder.parity import Case, ParityReport, Thresholds, compare, gate, judge, not_run, points
+from jetrt.builder.profiles import InputRange, NetworkInput, Profile
+from jetrt.builder.reference import Reference
+from jetrt.builder.thresholds import Limits
 
 FP32 = Thresholds.of("fp32")
 FP16 = Thresholds.of("fp16")

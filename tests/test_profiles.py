@@ -10,8 +10,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from jetrt.build.hints import Bound, Hints, read_metadata
-from jetrt.build.profiles import InputRange, NetworkInput, Profile, resolve
+from jetrt.builder.hints import Bound, Hints, read_metadata
+from jetrt.builder.profiles import InputRange, NetworkInput, Profile, resolve
 from jetrt.errors import BuildOptionError
 
 IMAGE = NetworkInput("x", "float32", (-1, 3, -1, -1), dimension_names=("batch", None, "height", "width"))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jetrt import errors
-from jetrt.build.arrays import dtype_name, load_npz, to_bfloat16, widened
-from jetrt.build.reference import ReferenceUnavailable, compute, from_text, opened
-from jetrt.build.upcast import uses_bfloat16
+from jetrt.builder.arrays import dtype_name, load_npz, to_bfloat16, widened
+from jetrt.builder.reference import ReferenceUnavailable, compute, from_text, opened
+from jetrt.builder.upcast import uses_bfloat16
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 B = np.full((2, 3), 10, dtype=np.float32)
@@ -204,7 +204,7 @@ def bfloat16_network(onnx, path, *, raw=True, external=(), width=64):
 @pytest.mark.parametrize(("raw", "external"), [(True, ()), (False, ()), (True, ("w",)), (True, ("b", "w"))])
 @pytest.mark.parametrize("width", [4, 64])
 def test_bfloat16_model_runs_as_an_upcast_copy(tmp_path, onnx, monkeypatch, raw, external, width):
-    monkeypatch.setattr("jetrt.build.upcast._CHUNK", 100)  # so that there are several pieces
+    monkeypatch.setattr("jetrt.builder.upcast._CHUNK", 100)  # so that there are several pieces
     folder = tmp_path / "model"
     folder.mkdir()
     path, weights, other = bfloat16_network(onnx, folder / "bf16.onnx", raw=raw, external=external, width=width)

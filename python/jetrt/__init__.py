@@ -1,9 +1,11 @@
-"""jetrt runs NVIDIA TensorRT engines: never silently wrong, never silently copied, never silently slow.
+"""jetrt builds, runs and judges NVIDIA TensorRT engines: never silently wrong, never silently copied, never silently slow.
 
     import jetrt
 
     engine = jetrt.Engine("model.engine")
     outputs = engine(x=array)  # torch in, torch out; numpy in, numpy out
+
+    jetrt.build("model.onnx", "model.engine", precision="fp16")  # checked, with a manifest
 
 Importing needs numpy alone. `libnvinfer` and `libcuda` are opened when the first engine is loaded.
 """
@@ -12,6 +14,7 @@ Importing needs numpy alone. `libnvinfer` and `libcuda` are opened when the firs
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -38,6 +41,7 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
+    from .builder import build
     from .runtime import (
         BuildConfig,
         EngineCacheEntry,
@@ -62,6 +66,7 @@ __all__ = [
     "ThermalState",
     "__version__",
     "available_runtimes",
+    "build",
     "build_info",
     "errors",
     "get_runtime",
@@ -76,32 +81,35 @@ _BUILD = build_info()
 
 __version__: str = _BUILD["version"]
 
-_LAZY = frozenset(
-    {
-        "BuildConfig",
-        "EngineCacheEntry",
-        "EngineHandle",
-        "InferenceRuntime",
-        "ThermalState",
-        "available_runtimes",
-        "get_runtime",
-        "load",
-    }
-)
+# Names that are imported when they are asked for, and the module that has them.
+_LAZY = {
+    "build": "builder",
+    **dict.fromkeys(
+        (
+            "BuildConfig",
+            "EngineCacheEntry",
+            "EngineHandle",
+            "InferenceRuntime",
+            "ThermalState",
+            "available_runtimes",
+            "get_runtime",
+            "load",
+        ),
+        "runtime",
+    ),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        from . import runtime
-
-        value = getattr(runtime, name)
+        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
         globals()[name] = value  # asked once
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | _LAZY)
+    return sorted(set(globals()) | set(_LAZY))
 
 
 if _BUILD["profile"] != "release" and not os.environ.get("JETRT_ALLOW_DEBUG"):

@@ -96,6 +96,8 @@ pub struct Executor {
     per_thread: OnceLock<ThreadId>,
     /// One session per capture of the caller's and its shapes, kept as long as the engine: its graph uses the session's memory.
     pub(super) for_captures: Mutex<Vec<CaptureSession>>,
+    /// The session that layers are measured in. Kept: a caller without a stream gets the session's, which the pool then knows.
+    pub(super) for_layers: Mutex<Option<Session>>,
     /// Outputs enqueued into captures of the caller's: never reused.
     pub(super) pinned_for_captures: Mutex<Vec<Arc<Buffer>>>,
     pub(super) next_id: AtomicU64,
@@ -148,6 +150,7 @@ impl Executor {
             front: Stream::new(device)?,
             per_thread: OnceLock::new(),
             for_captures: Mutex::default(),
+            for_layers: Mutex::default(),
             pinned_for_captures: Mutex::default(),
             next_id: AtomicU64::new(0),
             background: Arc::clone(&background),
@@ -531,10 +534,12 @@ impl Executor {
         let _relaxed = Relaxed::enter();
         let sessions = self.sessions.close();
         let for_captures = std::mem::take(&mut *locked(&self.for_captures));
+        let for_layers = locked(&self.for_layers).take();
         // From here on nobody replays; what has been launched is waited for.
         let entries = locked(&self.graphs).clear();
         self.seen.wait_all();
-        for s in sessions.iter().map(|s| &**s).chain(for_captures.iter().map(|c| &c.session)) {
+        let others = for_captures.iter().map(|c| &c.session).chain(&for_layers);
+        for s in sessions.iter().map(|s| &**s).chain(others) {
             let _ = s.stream.synchronize();
             let _ = s.legacy.synchronize();
         }
@@ -542,6 +547,7 @@ impl Executor {
         drop(entries);
         drop(sessions);
         drop(for_captures);
+        drop(for_layers);
         drop(std::mem::take(&mut *locked(&self.pinned_for_captures)));
         self.pool.close();
         self.engine.release();

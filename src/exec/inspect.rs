@@ -1,6 +1,6 @@
 //! Looking into an engine: its layers for some shapes, and the time that each takes.
 
-use super::executor::{Call, Executor};
+use super::executor::{locked, Call, Executor};
 use super::session::Session;
 use crate::cuda::Stream;
 use crate::error::{Error, Kind, Result};
@@ -33,14 +33,29 @@ impl Executor {
                 "layer times need eager calls: load the engine with graphs=\"off\".",
             ));
         }
+        if self.is_closed() {
+            return Err(self.closed_error());
+        }
         let _entered = self.device.enter()?;
+        let mut kept = locked(&self.for_layers);
         // A session of its own: a context that has a profiler waits at every call.
-        let mut session = Session::new(&self.engine, None, &self.background)?;
-        session.context.measure_layers()?;
+        if kept.is_none() {
+            let mut session = Session::new(&self.engine, None, &self.background)?;
+            session.context.measure_layers()?;
+            *kept = Some(session);
+        }
+        let Some(session) = kept.as_mut() else {
+            return Err(self.closed_error());
+        };
         let mut times = Vec::new();
         // The first call for these shapes prepares things that belong to no layer.
         for run in 0..=runs {
-            self.run_on(&mut session, call)?;
+            if let Err(e) = self.run_on(session, call) {
+                session.context.forget();
+                session.shapes = None;
+                session.settle(&e);
+                return Err(e);
+            }
             let layers = session.context.layer_times();
             if run > 0 {
                 times.push(layers);

@@ -1,4 +1,4 @@
-//! `_Network`: one build, step by step. Used inside the process that builds (`jetrt.build.child`), never in the user's.
+//! `_Network`: one build, step by step. Used inside the process that builds (`jetrt.builder.child`), never in the user's.
 
 use super::convert::{one_of, ordinal, pip_folders, shape};
 use super::import::import;

@@ -327,8 +327,8 @@ class Jetrt(TensorRT):
         return results
 
     def gate(self, case: Case, inputs: Any, expected: Any, found: Any) -> str:
-        from jetrt.build import parity
-        from jetrt.build.reference import Reference
+        from jetrt.builder import parity
+        from jetrt.builder.reference import Reference
 
         tried = parity.Case(0, "opt", dict(zip(case.inputs, inputs, strict=True)))
         reference = Reference("npz", dict(zip(case.outputs, expected, strict=True)), {}, 0.0)

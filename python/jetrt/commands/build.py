@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..build.pipeline import BuildResult, build_plan
-from ..build.progress import reporter
-from ..build.targets import add_build_arguments, targets
+from ..builder.pipeline import BuildResult, build_plan
+from ..builder.progress import reporter
+from ..builder.targets import add_build_arguments, targets
 
 __all__ = ["add_build", "print_result", "run_build"]
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from .. import _core
-from ..build import parity
-from ..build.arrays import load_npz, widened
-from ..build.audit import ACCEPTED, audit
-from ..build.onnx_file import OnnxFile
-from ..build.pipeline import (
+from ..builder import parity
+from ..builder.arrays import load_npz, widened
+from ..builder.audit import ACCEPTED, audit
+from ..builder.onnx_file import OnnxFile
+from ..builder.pipeline import (
     NoReferenceError,
     compare,
     identify,
@@ -25,10 +25,10 @@ from ..build.pipeline import (
     reference_outputs,
     tried,
 )
-from ..build.profiles import InputRange, NetworkInput, Profile
-from ..build.progress import reporter
-from ..build.reference import from_text
-from ..build.thresholds import Thresholds
+from ..builder.profiles import InputRange, NetworkInput, Profile
+from ..builder.progress import reporter
+from ..builder.reference import from_text
+from ..builder.thresholds import Thresholds
 from ..errors import BuildOptionError, EngineBuildError
 from ..provenance import EngineFile, Manifest, Parity, Tensor, engine_lock, publish
 

@@ -9,16 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..build import parity
-from ..build.arrays import load_npz
-from ..build.cases import Case
-from ..build.onnx_file import OnnxFile
-from ..build.options import BuildOptions
-from ..build.pipeline import NoReferenceError, compare, identify, reference_outputs, tried
-from ..build.profiles import NetworkInput, Profile
-from ..build.progress import Reporter, reporter
-from ..build.reference import from_text
-from ..build.thresholds import Thresholds
+from ..builder import parity
+from ..builder.arrays import load_npz
+from ..builder.cases import Case
+from ..builder.onnx_file import OnnxFile
+from ..builder.options import BuildOptions
+from ..builder.pipeline import NoReferenceError, compare, identify, reference_outputs, tried
+from ..builder.profiles import NetworkInput, Profile
+from ..builder.progress import Reporter, reporter
+from ..builder.reference import from_text
+from ..builder.thresholds import Thresholds
 from ..errors import BuildOptionError, ManifestError
 from ..provenance import Manifest, Parity, Sha256Sidecar, check_before_load, check_refit, engine_lock, publish
 
@@ -127,7 +127,7 @@ def _stored_precision(manifest: Manifest) -> str:
 
 
 def _forced(options: BuildOptions) -> dict[str, str] | None:
-    from ..build.io_formats import parse_io_format
+    from ..builder.io_formats import parse_io_format
 
     entries = [parse_io_format(text) for text in options.io_formats]
     return {entry.name: entry.dtype for entry in entries if entry.dtype is not None} or None

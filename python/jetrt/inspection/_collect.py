@@ -12,8 +12,8 @@ from ..report import dims
 if TYPE_CHECKING:
     import os
 
-    from ..build.cases import Case
-    from ..build.profiles import Profile
+    from ..builder.cases import Case
+    from ..builder.profiles import Profile
 
 SCHEMA: Final = "jetrt-inspection-1"
 
@@ -112,7 +112,7 @@ def _opened(path: Path, options: Mapping[str, Any], open_engine: Callable[..., A
 
 def _device(engine: Any, manifest: Data | None, profile: int, shapes: Shapes, runs: int) -> Data:
     """What TensorRT says of the loaded plan."""
-    from ..build.audit import ACCEPTED, audit
+    from ..builder.audit import ACCEPTED, audit
 
     chosen = _profile(engine, manifest, profile, shapes)
     sizes = {name: bounds.opt for name, bounds in chosen.shapes.items() if engine.inputs[name].location == "device"}
@@ -162,7 +162,7 @@ def _device(engine: Any, manifest: Data | None, profile: int, shapes: Shapes, ru
 
 def _profile(engine: Any, manifest: Data | None, number: int, shapes: Shapes) -> Profile:
     """The profile of that number, narrowed to the shapes that are asked for."""
-    from ..build.profiles import InputRange, Profile
+    from ..builder.profiles import InputRange, Profile
 
     ranges = {}
     for name, info in engine.inputs.items():
@@ -193,8 +193,8 @@ def _no_shape(name: str, shape: Sequence[int], allowed: str) -> BuildOptionError
 
 def _inputs(engine: Any, profile: Profile) -> Case:
     """Random inputs of the profile's opt shapes; values of shape tensors as the manifest has them."""
-    from ..build.cases import points
-    from ..build.profiles import NetworkInput
+    from ..builder.cases import points
+    from ..builder.profiles import NetworkInput
 
     unknown = [n for n, info in engine.inputs.items() if info.location == "host" and n not in profile.values]
     if unknown:

@@ -145,8 +145,8 @@ def _values(manifest: Data) -> str:
 
 def _stored(manifest: Data, *, short: bool) -> Iterator[str]:
     """What the build found out. `short`: the layers themselves are shown from the GPU."""
-    from ..build.levels import LevelTable
-    from ..build.parity import ParityReport
+    from ..builder.levels import LevelTable
+    from ..builder.parity import ParityReport
 
     yield _record("profiles", lambda: _values(manifest))
     findings = (manifest["build"] or {}).get("findings") or []

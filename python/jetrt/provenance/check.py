@@ -153,7 +153,7 @@ def check_for_core(
     with contextlib.suppress(ManifestError if verify == "off" else ()):
         manifest = Manifest.read(engine)
         if manifest is not None:
-            from ..build.onnx_file import OnnxFile
+            from ..builder.onnx_file import OnnxFile
 
             try:
                 check_refit(manifest, OnnxFile.open(refit).sha256().sha256)

@@ -131,6 +131,12 @@ def build_plan(
         model_dtypes=model.dtypes,
         calibrator=calibration_data is not None,
     )
+    if config.dla_core is not None:
+        raise BuildOptionError(
+            f"--dla-core {config.dla_core}: this machine and TensorRT have a DLA, and jetrt does not build for it yet. "
+            f"Build with trtexec --useDLACore={config.dla_core}, and give the plan a manifest with `jetrt stamp`.",
+            option="--dla-core",
+        )
     final = Path(engine) if engine is not None else _named(model, here.machine, config.precision)
     data = _calibration_data(model, options, calibration_data)
     key = key_of(
@@ -187,7 +193,7 @@ def _calibration_data(
         profile,
         preprocessing=None if text is None else Preprocessing.parse(text),
         batch_size=options.calib_batch,
-        minimum=getattr(options,'calib_min_samples',500),
+        minimum=options.calib_min_samples,
     )
 
 

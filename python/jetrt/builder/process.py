@@ -87,7 +87,7 @@ class _Child:
 def _started(library: str | None, environment: Mapping[str, str] | None) -> Iterator[_Child]:
     here, theirs = os.pipe()
     their_input, ours = os.pipe()
-    command = [sys.executable, "-m", "jetrt.build.child", str(their_input), str(theirs), str(os.getpid())]
+    command = [sys.executable, "-m", "jetrt.builder.child", str(their_input), str(theirs), str(os.getpid())]
     process = None
     try:
         process = subprocess.Popen(

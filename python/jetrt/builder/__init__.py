@@ -1,4 +1,4 @@
-"""Building plans: `jetrt build` and `jetrt.build_engine`.
+"""Building plans: `jetrt build` and `jetrt.build`.
 
 The steps are in `pipeline`; each runs in a child process (`process`, `child`, `jobs`). What may be asked for is in
 `options`, what TensorRT is told in `configure`, what is checked afterwards in `audit` and `parity`.
@@ -32,7 +32,7 @@ def build(
         result = jetrt.build("m.onnx", "m.engine", precision="fp16", min="x:1x3x224x224", opt="x:8x3x224x224")
 
     `engine` may be left out: the plan is then called ``<model>__sm<SM>_jp<JP>_trt<TRT>_<precision>.engine``, beside the
-    model. Options are the keywords of `jetrt.build.options.BuildOptions`, which are those of the command line; or one
+    model. Options are the keywords of `jetrt.builder.options.BuildOptions`, which are those of the command line; or one
     such record. `calibration_data` is for int8: an .npz file, a folder of images, or an iterable of mappings from input
     name to array. A plan that is there already and is the same is not built again (`BuildResult.built`).
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from ..errors import BuildOptionError
 from . import kinds
+from .calibration import MINIMUM_SAMPLES
 from .hints import Bound, Hints, did_you_mean, read_metadata
 from .kinds import Kind
 from .thresholds import Thresholds
@@ -109,6 +110,9 @@ class BuildOptions:
     calib_cache: str | None = _option(kinds.PATH, "calibration cache to use or write", run=True)
     calib_algorithm: str = _option(kinds.choice("entropy", "minmax"), "how ranges are found (entropy)", "entropy")
     calib_batch: int = _option(kinds.whole(1), "samples in a calibration batch (1)", 1)
+    calib_min_samples: int = _option(
+        kinds.whole(1), "fewest samples to calibrate with (500)", MINIMUM_SAMPLES, run=True
+    )
     calib_preprocess: str | None = _option(kinds.TEXT, "how an image becomes an input")
     recalibrate: bool = _option(kinds.FLAG, "calibrate anew where the cache is for something else", False, run=True)
     # --- checks

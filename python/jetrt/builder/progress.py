@@ -14,7 +14,6 @@ import time
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TextIO
 
 from ..errors import BuildOptionError
@@ -26,8 +25,6 @@ KINDS = ("auto", "terminal", "notebook", "plain", "none")
 Clock = Callable[[], float]
 #: `IPython.display.display`.
 Display = Callable[..., Any]
-
-_ERASE = "\r\x1b[K"
 
 
 @dataclass
@@ -46,26 +43,24 @@ class _Part:
 class Reporter:
     """Follows a build (it is a `process.Watcher`) and shows nothing; the classes below show it.
 
-    Leaving it as a context manager clears what it had on the screen. It is for one thread.
+    Leaving it as a context manager clears what it rewrites on the screen. It is for one thread.
     """
 
-    #: Seconds between two looks at the same thing.
+    #: Seconds between two looks at what goes on.
     _interval = float("inf")
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
-        self._begin: float | None = None
-        self._drawn_at = clock()
-        self._title = self._phase = ""
+        self._begin = self._drawn_at = clock()
+        self._title = self._phase = self._shown = ""
         self._elapsed = 0.0
         #: In the order in which they began.
         self._parts: dict[str, _Part] = {}
         self._warnings = self._errors = 0
+        self._broken = False
 
     def title(self, text: str) -> None:
         """What is done from now on, such as "building m.engine, level 3"; its time begins at 0."""
-        if self._begin is None:
-            self._begin = self._clock()
         self._title, self._phase, self._elapsed = text, "", 0.0
         self._parts.clear()
         self._draw()
@@ -75,16 +70,14 @@ class Reporter:
         self._print(_clean(text, keep="\n"))
 
     def done(self, text: str) -> None:
-        """The last line of a build; the time since its first title and the number of warnings are added."""
-        seconds = 0.0 if self._begin is None else self._clock() - self._begin
-        self._finish(f"{_clean(text, keep=chr(10))} ({self._numbers(seconds)})")
-        self._begin, self._warnings, self._errors = None, 0, 0
+        """Lines that stay, with the time since the reporter was made and the number of warnings."""
+        self.note(f"{text} ({self._numbers(self._clock() - self._begin)})")
 
     def clear(self) -> None:
-        """Takes the line that is being rewritten off the screen, before somebody else writes there (a question)."""
+        """Takes the line that is rewritten off the screen, before somebody else writes there (a question)."""
 
     def event(self, message: Message) -> None:
-        """A message of the child: phase, progress or log. Lines of the log are counted, the result has them."""
+        """A message of the child: phase, progress or log. Lines of the log are only counted: the result has them."""
         if message["event"] == "phase":
             self._phase = message["phase"]
             self._parts.clear()
@@ -103,9 +96,7 @@ class Reporter:
     def __enter__(self) -> Reporter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.clear()
 
     def _progress(self, kind: str, name: str, parent: str, number: int) -> None:
@@ -115,20 +106,18 @@ class Reporter:
         elif name in self._parts and kind == "step":
             self._parts[name].done = max(self._parts[name].done, number + 1)
         elif name in self._parts:
-            # What began inside it is over as well, reported or not.
-            over = {name}
+            over = {name}  # and what began inside it, reported or not
             for inner, part in self._parts.items():
                 if part.parent in over:
                     over.add(inner)
-            for inner in over:
-                del self._parts[inner]
+            self._parts = {inner: part for inner, part in self._parts.items() if inner not in over}
 
     def _status(self) -> str:
         """One line; the numbers come first and the innermost phase before the outer ones, since the end may be cut."""
         chain: list[str] = []
-        wanted: str | None = None
+        wanted = next(reversed(self._parts), "")
         for name, part in reversed(self._parts.items()):
-            if wanted is None or name == wanted:
+            if name == wanted:
                 chain.append(part.text(name))
                 wanted = part.parent
         what = ": ".join(filter(None, (self._title, self._phase, " in ".join(chain))))
@@ -144,8 +133,14 @@ class Reporter:
     def _print(self, text: str) -> None:
         """Shows lines that stay."""
 
-    def _finish(self, text: str) -> None:
-        self._print(text)
+    def _safely(self, show: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if self._broken:
+            return None
+        try:
+            return show(*args, **options)
+        except Exception:  # closed, a broken pipe, anything: what shows a build does not end it
+            self._broken = True
+            return None
 
 
 class _Plain(Reporter):
@@ -155,7 +150,7 @@ class _Plain(Reporter):
 
     def __init__(self, stream: TextIO, clock: Clock) -> None:
         super().__init__(clock)
-        self._stream: TextIO | None = stream
+        self._stream = stream
 
     def event(self, message: Message) -> None:
         super().event(message)
@@ -170,13 +165,8 @@ class _Plain(Reporter):
         self._write(text + "\n")
 
     def _write(self, text: str) -> None:
-        if self._stream is None:
-            return
-        try:
-            self._stream.write(self._encodable(text))
-            self._stream.flush()
-        except Exception:  # closed, a broken pipe, anything: what shows a build does not end it
-            self._stream = None
+        self._safely(self._stream.write, self._encodable(text))
+        self._safely(self._stream.flush)
 
     def _encodable(self, text: str) -> str:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
@@ -191,7 +181,6 @@ class _Terminal(_Plain):
     def __init__(self, stream: TextIO, clock: Clock, width: Callable[[], int]) -> None:
         super().__init__(stream, clock)
         self._width = width
-        self._shown = ""
 
     def event(self, message: Message) -> None:
         Reporter.event(self, message)  # the next tick shows it
@@ -210,7 +199,7 @@ class _Terminal(_Plain):
 
     def clear(self) -> None:
         if self._shown:
-            self._write(_ERASE)
+            self._write("\r\x1b[K")
             self._shown = ""
 
 
@@ -221,40 +210,31 @@ class _Notebook(Reporter):
 
     def __init__(self, display: Display, clock: Clock) -> None:
         super().__init__(clock)
-        self._display: Display | None = display
+        self._display = display
         self._handle: Any = None
-        self._shown = ""
+
+    def done(self, text: str) -> None:
+        self.clear()
+        super().done(text)
+
+    def clear(self) -> None:
+        self._update("")
 
     def _draw(self) -> None:
         self._drawn_at = self._clock()
         self._update(self._status())
 
-    def _print(self, text: str) -> None:
-        self._show(text)
-
-    def _finish(self, text: str) -> None:
-        self._update(text)
-        self._handle, self._shown = None, ""
-
-    def clear(self) -> None:
-        if self._handle is not None:
-            self._update("")
-
     def _update(self, text: str) -> None:
+        if text == self._shown:
+            return
         if self._handle is None:
-            self._handle = self._show(text, display_id=True)
-        elif text != self._shown:
-            self._show(text, self._handle.update)
+            self._handle = self._safely(self._display, {"text/plain": text}, raw=True, display_id=True)
+        else:
+            self._safely(self._handle.update, {"text/plain": text}, raw=True)
         self._shown = text
 
-    def _show(self, text: str, how: Display | None = None, **options: Any) -> Any:
-        if self._display is None:
-            return None
-        try:
-            return (how or self._display)({"text/plain": text}, raw=True, **options)
-        except Exception:  # the notebook is gone: what shows a build does not end it
-            self._display = None
-            return None
+    def _print(self, text: str) -> None:
+        self._safely(self._display, {"text/plain": text}, raw=True)
 
 
 def reporter(
