@@ -1,6 +1,6 @@
 """`jetrt build` on real models: transcripts, accuracy, audit, cost against NVIDIA's binding, and what auto chooses.
 
-    python benches/build_models.py --work /tmp/work --out results/ [--only ocr,dit,auto,cost]
+    python benches/build_models.py --work /tmp/work --out results/ [--only ocr,dit,auto,cost] [--jobs 8] [--level 2]
 
 Needs a GPU and a TensorRT with its builder (JETRT_TENSORRT_PATH). The models are those of tests/gpu/workloads.py. Every
 build is the command line in a process of its own, and its transcript is kept; only the builds' own gates judge.
@@ -9,6 +9,7 @@ build is the command line in a process of its own, and its transcript is kept; o
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import json
 import os
 import shlex
@@ -19,7 +20,6 @@ import time
 import traceback
 from pathlib import Path
 from typing import Any
-
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "gpu"))
@@ -70,28 +70,39 @@ def command(onnx: Path, engine: Path, *more: str) -> dict[str, Any]:
     return result
 
 
-def ocr(work: Path) -> dict[str, Any]:
+def ocr(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Detection and recognition in four precisions, and the text that each pair reads from a drawn page."""
     import jetrt
 
     detection, recognition = workloads.ocr_models()
-    sets = workloads.calibration_sets(work, count=64)
-    results: dict[str, Any] = {}
-    for name, onnx, shapes, data in (
-        ("det", detection, workloads.DETECTION_SHAPES, sets[0]),
-        ("rec", recognition, workloads.RECOGNITION_SHAPES, sets[1]),
-    ):
-        for precision in ("fp32", "fp16", "bf16", "int8"):
-            more = ["--precision", precision, "--timing-cache", str(work / "timing.cache"), *profile_flags(shapes)]
-            if precision == "int8":
-                cache = str(work / f"{name}.calib")
-                more += ["--calib-data", str(data), "--calib-cache", cache, "--calib-batch", "1"]
-                more += ["--calib-min-samples", "1"]
-            key = f"{name}_{precision}"
-            engine = work / f"{key}.engine"
-            results[key] = command(onnx, engine, *more)
-            if results[key]["status"] != 0:  # kept for its text, though the gate refused it
-                results[f"{key}_no_gate"] = command(onnx, engine, *more, "--no-parity")
+    sets = workloads.calibration_sets(work, count=32)
+    level = ["--opt-level", str(options.level)] if options.level is not None else []
+
+    def one(name: str, precision: str) -> dict[str, Any]:
+        onnx, shapes, data = {
+            "det": (detection, workloads.DETECTION_SHAPES, sets[0]),
+            "rec": (recognition, workloads.RECOGNITION_SHAPES, sets[1]),
+        }[name]
+        more = ["--precision", precision, *level, "--timing-cache", str(work / "timing.cache"), *profile_flags(shapes)]
+        if precision == "int8":
+            more += [
+                "--calib-data",
+                str(data),
+                "--calib-cache",
+                str(work / f"{name}.calib"),
+                "--calib-min-samples",
+                "1",
+            ]
+        engine = work / f"{name}_{precision}.engine"
+        result = command(onnx, engine, *more)
+        if result["status"] != 0:  # kept for its text, though a gate refused it
+            result["without gate"] = command(onnx, engine, *more, "--no-parity")
+        return result
+
+    pairs = [(name, precision) for precision in ("int8", "fp16", "fp32", "bf16") for name in ("rec", "det")]
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        found = list(pool.map(lambda pair: one(*pair), pairs))
+    results: dict[str, Any] = {f"{name}_{p}": result for (name, p), result in zip(pairs, found, strict=True)}
     page, drawn = workloads.demo_page()
     characters = workloads.alphabet(recognition)
     texts: dict[str, Any] = {"drawn": drawn}
@@ -109,7 +120,7 @@ def ocr(work: Path) -> dict[str, Any]:
     return results
 
 
-def dit(work: Path) -> dict[str, Any]:
+def dit(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     model = workloads.Dit(layers=2)
     onnx = work / "dit.onnx"
     model.write(onnx)
@@ -120,12 +131,13 @@ def dit(work: Path) -> dict[str, Any]:
     return {"dit_2_layers": command(onnx, work / "dit.engine", *words)}
 
 
-def auto(work: Path) -> dict[str, Any]:
+def auto(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What auto picks, and whether it is ever slower than the default level."""
     detection, _ = workloads.ocr_models()
-    flags = ["--precision", "fp16", "--timing-cache", str(work / "timing.cache")]
-    flags += profile_flags(workloads.DETECTION_SHAPES)
-    return {"det_fp16_auto": command(detection, work / "det_auto.engine", *flags, "--opt-level", "auto")}
+    model = options.auto_model or detection
+    flags = ["--precision", "fp16", "--timing-cache", str(work / "timing.cache"), "--opt-level", "auto"]
+    shapes = ((1, 3, 64, 64), (4, 3, 64, 64), (16, 3, 64, 64)) if options.auto_model else workloads.DETECTION_SHAPES
+    return {"auto": command(model, work / "auto.engine", *flags, *profile_flags(shapes))}
 
 
 BINDING = """
@@ -133,12 +145,13 @@ import sys, time, json, resource
 import tensorrt_bindings as trt
 logger = trt.Logger(trt.Logger.ERROR)
 trt.init_libnvinfer_plugins(logger, "")
-onnx, plan, shapes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+onnx, plan, shapes, level = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
 begin = time.monotonic()
 builder = trt.Builder(logger); network = builder.create_network(0); parser = trt.OnnxParser(network, logger)
 assert parser.parse_from_file(onnx)
 config = builder.create_builder_config()
 config.clear_flag(trt.BuilderFlag.TF32); config.set_flag(trt.BuilderFlag.FP16)
+config.builder_optimization_level = level
 config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
 profile = builder.create_optimization_profile(); profile.set_shape("x", *shapes)
 config.add_optimization_profile(profile)
@@ -151,14 +164,14 @@ print(json.dumps({"build_seconds": built, "seconds": time.monotonic() - begin,
 """
 
 
-def cost(work: Path) -> dict[str, Any]:
+def cost(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Build time and memory against NVIDIA's binding, the same model and flags, in turn."""
     detection, _ = workloads.ocr_models()
     rounds: dict[str, list[Any]] = {"binding": [], "jetrt": [], "jetrt with parity and audit": []}
     shapes = json.dumps(workloads.DETECTION_SHAPES)
     for turn in range(2):
         done = subprocess.run(
-            [sys.executable, "-c", BINDING, str(detection), str(work / "b.engine"), shapes],
+            [sys.executable, "-c", BINDING, str(detection), str(work / "b.engine"), shapes, str(options.level or 3)],
             capture_output=True,
             text=True,
             check=True,
@@ -166,7 +179,8 @@ def cost(work: Path) -> dict[str, Any]:
         rounds["binding"].append(json.loads(done.stdout.splitlines()[-1]))
         for name, more in (("jetrt", ["--no-parity", "--no-audit"]), ("jetrt with parity and audit", [])):
             engine = work / f"cost{turn}{len(more)}.engine"
-            flags = ["--precision", "fp16", *profile_flags(workloads.DETECTION_SHAPES), *more]
+            flags = ["--precision", "fp16", "--opt-level", str(options.level or 3)]
+            flags += [*profile_flags(workloads.DETECTION_SHAPES), *more]
             result = command(detection, engine, *flags)
             build = result.get("build") or {}
             rounds[name].append(
@@ -196,13 +210,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where models and plans go")
     parser.add_argument("--out", type=Path, required=True, help="where results go")
+    parser.add_argument("--jobs", type=int, default=1, help="builds at a time in ocr; more than 1 disturbs their times")
+    parser.add_argument("--level", type=int, metavar="N", help="optimisation level of ocr and cost (TensorRT's own)")
+    parser.add_argument("--auto-model", type=Path, metavar="FILE.onnx", help="x: float32 [B,3,64,64] (detection)")
     parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAMES")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.only.split(","):
         try:
-            found = SECTIONS[name](arguments.work)
+            found = SECTIONS[name](arguments.work, arguments)
         except Exception:
             found = {"failed": traceback.format_exc()}
             print(found["failed"], flush=True)

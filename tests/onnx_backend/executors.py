@@ -369,6 +369,8 @@ class Cuda:
         address = self.alloc(array.nbytes)
         if array.nbytes:
             self.call("cuMemcpyHtoD_v2", *map(ctypes.c_uint64, (address, array.ctypes.data, array.nbytes)))
+            # It may return before the last bytes have arrived, and the engine's stream does not wait for this one.
+            self.call("cuStreamSynchronize", ctypes.c_void_p(0))
         return address
 
     def get(self, address: int, count: int, dtype: np.dtype) -> np.ndarray:
