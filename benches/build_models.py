@@ -75,7 +75,7 @@ def ocr(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     import jetrt
 
     detection, recognition = workloads.ocr_models()
-    sets = workloads.calibration_sets(work, count=32)
+    sets = workloads.calibration_sets(work, count=16)
     level = ["--opt-level", str(options.level)] if options.level is not None else []
 
     def one(name: str, precision: str) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def ocr(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def dit(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+def dit(work: Path, _: argparse.Namespace) -> dict[str, Any]:
     model = workloads.Dit(layers=2)
     onnx = work / "dit.onnx"
     model.write(onnx)
