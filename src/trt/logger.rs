@@ -5,6 +5,7 @@ use super::library::Library;
 use super::object::{text, InterfaceInfo, VTable};
 use crate::log::{Severity, TENSORRT};
 use std::ffi::{c_char, c_void};
+use std::io::Write;
 use std::panic::catch_unwind;
 
 #[repr(C)]
@@ -24,6 +25,9 @@ extern "C" fn log(_this: *mut c_void, severity: i32, message: *const c_char) {
     let _ = catch_unwind(|| {
         // TensorRT can log thousands of verbose lines per load; Python's user asks for them by JETRT_LOG=verbose.
         let severity = Severity::from_code(severity);
+        if severity <= Severity::Info && to_stderr() {
+            let _ = writeln!(std::io::stderr(), "{line}");
+        }
         if severity < Severity::Verbose || verbose() {
             TENSORRT.push(severity, line);
         }
@@ -33,6 +37,12 @@ extern "C" fn log(_this: *mut c_void, severity: i32, message: *const c_char) {
 fn verbose() -> bool {
     static ON: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
     *ON.get_or_init(|| std::env::var_os("JETRT_LOG").is_some_and(|v| v == "verbose"))
+}
+
+/// In a process that may crash, where whoever started it reads what it prints: what is queued would be lost.
+fn to_stderr() -> bool {
+    static ON: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *ON.get_or_init(|| std::env::var_os("JETRT_LOG_STDERR").is_some_and(|v| v == "1"))
 }
 
 pub(super) extern "C" fn language(_this: *mut c_void) -> i32 {
