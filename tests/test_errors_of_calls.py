@@ -153,7 +153,7 @@ def test_formats_that_are_not_row_major(load: Any, which: str) -> None:
     program["io"][which == "output 'y'"]["format"] = 1
     engine = load(program)
     for call in (lambda: engine(zeros(2, 4)), lambda: engine(rig.Array(zeros(2, 4)))):
-        raised = refused(errors.LayoutError, call, f"{which}: found ", "Vectorized format", "linear I/O (trtexec --")
+        raised = refused(errors.LayoutError, call, f"{which}: found ", "Vectorized format", "linear I/O (jetrt build --io-formats ")
         assert raised.tensor == which[-2]
 
 
@@ -301,7 +301,7 @@ PLAN = "this is a truncated TensorRT plan: "
     ("content", "said"),
     [
         (b"", "this is an empty file (an interrupted build leaves one)"),
-        (b"\x08\x0a\x12\x07pytorch\x1a\x05", "this is an ONNX model: build a plan from it first (trtexec --onnx=… "),
+        (b"\x08\x0a\x12\x07pytorch\x1a\x05", "this is an ONNX model: build a plan from it first (jetrt build --onnx … "),
         (b"PK\x03\x04" + bytes(40), "this is a zip archive (a torch checkpoint or .npz, perhaps)"),
         (b"\x7fELF\x02\x01" + bytes(40), "this is a program or shared library"),
         (bytes(64), "this is all zeros (an interrupted copy leaves such a file)"),

@@ -221,17 +221,9 @@ def test_load_an_onnx_file_needs_the_runtime_named(add):
 
 
 def test_load_an_onnx_file_on_tensorrt_gives_the_command_that_builds(add):
-    with pytest.raises(errors.EngineBuildError, match="does not build plans") as caught:
+    with pytest.raises(errors.EngineBuildError, match="loading builds nothing") as caught:
         jetrt.load(add, runtime="tensorrt")
-    assert f"trtexec --onnx={add} --saveEngine={add.with_suffix('.engine')}" in str(caught.value)
-
-    config = jetrt.BuildConfig(
-        precision="fp16",
-        optimization_profiles=[("a", (1, 3), (2, 3), (8, 3)), ("b", (1, 3), (2, 3), (8, 3))],
-    )
-    with pytest.raises(errors.EngineBuildError) as caught:
-        jetrt.get_runtime("tensorrt").compile_engine(add, config)
-    assert "--fp16 --minShapes=a:1x3,b:1x3 --optShapes=a:2x3,b:2x3 --maxShapes=a:8x3,b:8x3" in str(caught.value)
+    assert f"`jetrt build --onnx {add} --engine {add.with_suffix('.engine')}`" in str(caught.value)
 
 
 def test_load_a_plan_on_the_cpu(tmp_path, onnx_models):
@@ -292,6 +284,28 @@ def test_a_build_configuration_does_not_change_a_plan(plan, caplog):
     (record,) = [record for record in caplog.records if record.name == "jetrt.runtime"]
     assert record.levelname == "WARNING"
     assert "was built elsewhere: the build configuration is not applied" in record.getMessage()
+
+
+def test_compile_an_onnx_file(tmp_path):
+    model = fakes.onnx_model(tmp_path / "mlp.onnx")
+    runtime = jetrt.get_runtime("tensorrt")
+    config = jetrt.BuildConfig(
+        precision="fp16", workspace_mb=64, optimization_profiles=[("x", (1, 64), (8, 64), (64, 64))]
+    )
+    entry = runtime.compile_engine(model, config)
+    assert entry.path.name == "mlp__sm90_jpnone_trt10.6.0.26_fp16.engine"
+    assert entry.build_config == config
+    assert entry.versions == {"tensorrt": fakes.VERSION, "jetrt": jetrt.__version__}
+    built = fakes.plan_content(entry.path)["built"]
+    assert "FP16" in str(built)
+    outputs = runtime.infer(runtime.deserialize_engine(entry), {"x": X})
+    np.testing.assert_allclose(outputs["y"], fakes.mlp_reference(X), rtol=1e-2, atol=1e-2)
+
+    before = entry.path.stat().st_mtime_ns
+    assert runtime.compile_engine(model, config) == entry  # the same one is not built again
+    assert entry.path.stat().st_mtime_ns == before
+    with pytest.raises(errors.BuildOptionError, match="--max"):
+        runtime.compile_engine(model)  # a dynamic dimension without a profile
 
 
 def test_compile_what_is_not_a_plan(tmp_path):

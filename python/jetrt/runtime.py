@@ -122,8 +122,8 @@ class BuildConfig:
 
     #: What TensorRT may compute in; "fp32" allows no precision below the model's own.
     precision: Precision = "fp32"
-    #: Scratch memory that the builder may use. A runtime that builds nothing needs none.
-    workspace_mb: int = 1024
+    #: Scratch memory that the builder may use; ``None``: what the library takes, or on an integrated GPU what is free.
+    workspace_mb: int | None = None
     #: Data for the int8 calibrator.
     calibration_dataset: Path | None = None
     #: (input name, min, opt, max) for each input with dynamic dimensions.
@@ -132,7 +132,7 @@ class BuildConfig:
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision is {self.precision!r}; allowed: {', '.join(get_args(Precision))}")
-        if self.workspace_mb <= 0:
+        if self.workspace_mb is not None and self.workspace_mb <= 0:
             raise ValueError(f"workspace_mb is {self.workspace_mb}; it must be above 0")
         if self.calibration_dataset is not None:
             object.__setattr__(self, "calibration_dataset", Path(self.calibration_dataset))

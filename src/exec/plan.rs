@@ -81,7 +81,7 @@ pub fn need(io: &IoTensor, v: &TensorView, device: i32, policy: &Policy) -> Resu
             &io.name,
             "row-major data",
             format!("the engine's format {}", io.format),
-            "jetrt binds row-major tensors only: build the engine with linear I/O (trtexec --inputIOFormats=…:chw).",
+            "jetrt binds row-major tensors only: build the engine with linear I/O (jetrt build --io-formats NAME:any:linear).",
         ));
     }
     if v.dtype != io.dtype {
@@ -260,7 +260,7 @@ impl OutputPlan {
             let e = Error::new(
                 Kind::Layout,
                 format!(
-                    "output '{}': found the engine's format {}; allowed: row-major. Build the engine with linear I/O (trtexec --outputIOFormats=…:chw).",
+                    "output '{}': found the engine's format {}; allowed: row-major. Build the engine with linear I/O (jetrt build --io-formats NAME:any:linear).",
                     io.name, io.format
                 ),
             );

@@ -375,7 +375,7 @@ fn version_error(plan: &PlanFile, lib: &Library, lines: Vec<String>) -> Error {
     Error::new(
         Kind::Plan,
         format!(
-            "{}: this plan was built by TensorRT {}, and {} is TensorRT {}. A plan runs only on the version that built it: build it again here (trtexec --onnx=… --saveEngine=…) or \
+            "{}: this plan was built by TensorRT {}, and {} is TensorRT {}. A plan runs only on the version that built it: build it again here (jetrt build --onnx … --engine …) or \
              point JETRT_TENSORRT_PATH at TensorRT {}.{}.",
             plan.path.display(),
             plan.header.version,

@@ -103,7 +103,7 @@ fn what_it_is(bytes: &[u8]) -> String {
     } else if starts(b"ptrt") || starts(b"trtr") || starts(b"rtrt") {
         "an inner piece of a TensorRT plan: its first bytes are missing".into()
     } else if is_onnx(bytes) {
-        "an ONNX model: build a plan from it first (trtexec --onnx=… --saveEngine=…), or run it with jetrt.load(path, runtime=\"onnx_cpu\")"
+        "an ONNX model: build a plan from it first (jetrt build --onnx … --engine …), or run it with jetrt.load(path, runtime=\"onnx_cpu\")"
             .into()
     } else if bytes.iter().all(|&b| b == 0) {
         "all zeros (an interrupted copy leaves such a file)".into()

@@ -7,7 +7,6 @@ manifest and no `.sha256` is hashed here.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
@@ -150,17 +149,16 @@ def check_for_core(
     )
     if refit is None:
         return warnings
-    with contextlib.suppress(ManifestError if verify == "off" else ()):
+    from ..builder.onnx_file import OnnxFile
+
+    try:
         manifest = Manifest.read(engine)
         if manifest is not None:
-            from ..builder.onnx_file import OnnxFile
-
-            try:
-                check_refit(manifest, OnnxFile.open(refit).sha256().sha256)
-            except ManifestError as error:
-                if verify == "auto":
-                    raise
-                warnings.append(str(error))
+            check_refit(manifest, OnnxFile.open(refit).sha256().sha256)
+    except ManifestError as error:
+        if verify == "auto":
+            raise
+        warnings.append(str(error))
     return warnings
 
 

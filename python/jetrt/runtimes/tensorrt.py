@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from .. import _core
+from ..builder.options import BuildOptions
 from ..errors import CudaError, EngineBuildError, LibraryNotFoundError, PlanError, UnsupportedVersionError
 from ..runtime import BuildConfig, EngineCacheEntry, Model
 from ._file import FileRuntime, log
@@ -29,17 +31,22 @@ class TensorrtRuntime(FileRuntime):
 
     def open(self, path: str | os.PathLike[str]) -> Model:
         if Path(path).suffix.lower() == ".onnx":
-            raise self._not_built(Path(path), None)
+            command = shlex.join(BuildOptions().command(path, Path(path).with_suffix(".engine")))
+            raise EngineBuildError(
+                f"{path} is an ONNX file, and loading builds nothing: that takes minutes. Build a plan from it first, "
+                f"`{command}`, jetrt.build or compile_engine, and load that.",
+                path=str(path),
+            )
         return _core.Engine(path, **self._config)
 
     def compile_engine(
         self, model_path: str | os.PathLike[str], build_config: BuildConfig | None = None
     ) -> EngineCacheEntry:
-        """Makes an entry of a plan. Building one from an ONNX file is not part of this version: the error has the
-        `trtexec` command that does it."""
+        """Makes an entry of a plan, or builds one from an ONNX file (`jetrt.build`), beside it and under a name that says
+        for what; when that plan is there already, it is used. A plan's own configuration cannot be changed."""
         path = Path(model_path)
         if path.suffix.lower() == ".onnx":
-            raise self._not_built(path, build_config)
+            return self._built(path, build_config or BuildConfig())
         try:
             plan = _core.read_plan(path)
         except PlanError as error:
@@ -51,19 +58,27 @@ class TensorrtRuntime(FileRuntime):
         versions = {"tensorrt": str(plan["tensorrt"]), "jetrt": str(_core.build_info()["version"])}
         return self._entry(path, versions, None)
 
-    def _not_built(self, path: Path, build_config: BuildConfig | None) -> EngineBuildError:
-        config = build_config or BuildConfig()
-        command = ["trtexec", f"--onnx={path}", f"--saveEngine={path.with_suffix('.engine')}"]
-        if config.precision == "mixed":
-            command.append("--best")
-        elif config.precision != "fp32":
-            command.append(f"--{config.precision}")
-        for option, index in (("min", 0), ("opt", 1), ("max", 2)):
-            shapes = [f"{name}:{'x'.join(map(str, range_[index]))}" for name, *range_ in config.optimization_profiles]
-            if shapes:
-                command.append(f"--{option}Shapes={','.join(shapes)}")
-        return EngineBuildError(
-            f"{path} is an ONNX file, and this version of jetrt does not build plans. "
-            f"Build it on the machine that will run it, `{' '.join(command)}`, and give the plan.",
-            path=str(path),
+    def _built(self, path: Path, config: BuildConfig) -> EngineCacheEntry:
+        from ..builder import build
+
+        bounds = ("min", "opt", "max")
+        shapes = {
+            bound: ({name: list(ranges[index]) for name, *ranges in config.optimization_profiles},)
+            for index, bound in enumerate(bounds)
+            if config.optimization_profiles
+        }
+        result = build(
+            path,
+            precision=config.precision,
+            workspace=None if config.workspace_mb is None else config.workspace_mb << 20,
+            calib_data=config.calibration_dataset,
+            device=self._config.get("device", 0),
+            plugins=tuple(map(str, self._config.get("plugins", ()))),
+            progress="none",
+            **shapes,
         )
+        for note in result.notes:
+            log.info("%s: %s", result.path, note)
+        machine = result.manifest.machine
+        versions = {"tensorrt": machine.tensorrt, "jetrt": str(_core.build_info()["version"])}
+        return self._entry(result.path, versions, config)
