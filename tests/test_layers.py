@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rig
 
 import fakes
 import jetrt
-import rig
 
 clean, load = map(pytest.fixture, (rig.clean, rig.load))
 
