@@ -153,7 +153,9 @@ def test_formats_that_are_not_row_major(load: Any, which: str) -> None:
     program["io"][which == "output 'y'"]["format"] = 1
     engine = load(program)
     for call in (lambda: engine(zeros(2, 4)), lambda: engine(rig.Array(zeros(2, 4)))):
-        raised = refused(errors.LayoutError, call, f"{which}: found ", "Vectorized format", "linear I/O (jetrt build --io-formats ")
+        raised = refused(
+            errors.LayoutError, call, f"{which}: found ", "Vectorized format", "linear I/O (jetrt build --io-formats "
+        )
         assert raised.tensor == which[-2]
 
 

@@ -132,7 +132,7 @@ class ModelError(EngineBuildError):
 
 
 class BuildCrashError(EngineBuildError):
-    """The process that built (or tried) the plan died: crash, out of memory, killed, timeout, or stopped by the user."""
+    """The process that built or tried the plan died: crash, out of memory, killed, timeout, Ctrl-C."""
 
     #: "crash", "out of memory", "killed", "timeout" or "interrupted".
     how: str | None = None

@@ -42,8 +42,8 @@ class TensorrtRuntime(FileRuntime):
     def compile_engine(
         self, model_path: str | os.PathLike[str], build_config: BuildConfig | None = None
     ) -> EngineCacheEntry:
-        """Makes an entry of a plan, or builds one from an ONNX file (`jetrt.build`), beside it and under a name that says
-        for what; when that plan is there already, it is used. A plan's own configuration cannot be changed."""
+        """Makes an entry of a plan, or builds one from an ONNX file (`jetrt.build`): beside it, under a name that says
+        for what it is; when that plan is there already, it is used. What a plan is cannot be changed."""
         path = Path(model_path)
         if path.suffix.lower() == ".onnx":
             return self._built(path, build_config or BuildConfig())
