@@ -19,7 +19,8 @@ from typing import Any
 
 from ..errors import JetrtError
 from .arrays import Array
-from .frames import Link, Message
+from .frames import FrameError, Link, Message
+from .system import MemoryWatch
 
 __all__: list[str] = []
 
@@ -123,8 +124,8 @@ def main() -> None:
     link = Link(os.fdopen(incoming, "rb", buffering=0), os.fdopen(outgoing, "wb"))
     try:
         request, arrays = link.receive()
-    except EOFError:
-        return
+    except (EOFError, FrameError) as error:
+        sys.exit(f"no request came: {error}")
     context = Context(link, request, arrays)
     logger = logging.getLogger("jetrt.tensorrt")
     logger.setLevel(logging.INFO)
@@ -148,8 +149,11 @@ def main() -> None:
     thread.start()
     while thread.is_alive():
         thread.join(0.05)
+    message, arrays = done[0]
+    memory = MemoryWatch(os.getpid())
+    memory.sample(share=False)
     with contextlib.suppress(BrokenPipeError):
-        link.send(*done[0])
+        link.send({**message, "peak": memory.peak_resident}, arrays)
     # What is left is TensorRT's teardown, which frees what the kernel frees as well.
     sys.stdout.flush()
     os._exit(0)

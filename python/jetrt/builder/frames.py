@@ -16,12 +16,16 @@ import numpy as np
 
 from .arrays import Array, dtype_name, from_bits
 
-__all__ = ["Link", "Message"]
+__all__ = ["FrameError", "Link", "Message"]
 
 Message = dict[str, Any]
 _LENGTH = struct.Struct("<Q")
 #: Of the JSON alone; the layers of a large network take some megabytes.
 _LARGEST = 1 << 30
+
+
+class FrameError(Exception):
+    """What came is no message: the other process writes where it should not, or is another program."""
 
 
 class Link:
@@ -33,7 +37,7 @@ class Link:
 
     def send(self, message: Message, arrays: Mapping[str, Array] | None = None) -> None:
         """Raises `BrokenPipeError` when the other side is gone."""
-        packed = {name: np.asarray(array, order="C") for name, array in (arrays or {}).items()}
+        packed = {name: _native(array) for name, array in (arrays or {}).items()}
         described = [[name, dtype_name(array), array.shape] for name, array in packed.items()]
         head = json.dumps({**message, "arrays": described}).encode()
         with self._sending:
@@ -43,21 +47,27 @@ class Link:
             self._out.flush()
 
     def receive(self) -> tuple[Message, dict[str, Array]]:
-        """The next frame. Raises `EOFError` when the other side is gone."""
+        """The next frame. Raises `EOFError` when the other side is gone, `FrameError` for what is no frame."""
         (length,) = _LENGTH.unpack(self._bytes(_LENGTH.size))
         if length > _LARGEST:
-            raise EOFError(f"a message of {length} bytes")
-        message: Message = json.loads(self._bytes(length))
+            raise FrameError(f"a message of {length} bytes; the largest allowed has {_LARGEST}")
+        head = self._bytes(length)
+        try:
+            message: Message = json.loads(head)
+            described = [(name, dtype, _dtype(dtype), _shape(shape)) for name, dtype, shape in message.pop("arrays")]
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise FrameError(f"{bytes(head[:80])!r} is no message ({type(error).__name__}: {error})") from error
         arrays = {}
-        for name, dtype, shape in message.pop("arrays"):
-            kind = _dtype(dtype)
-            data = self._bytes(prod(shape) * kind.itemsize)
-            array = np.frombuffer(data, kind).reshape(shape)
+        for name, dtype, kind, shape in described:
+            array = np.frombuffer(self._bytes(prod(shape) * kind.itemsize), kind).reshape(shape)
             arrays[name] = from_bits(array) if dtype == "bfloat16" else array
         return message, arrays
 
     def _bytes(self, count: int) -> bytearray:
-        data = bytearray(count)
+        try:
+            data = bytearray(count)
+        except (MemoryError, OverflowError) as error:
+            raise FrameError(f"{count} bytes are announced, which do not fit into memory") from error
         view, filled = memoryview(data), 0
         while filled < count:
             read = self._in.readinto(view[filled:])  # type: ignore[attr-defined]
@@ -67,12 +77,27 @@ class Link:
         return data
 
 
+def _native(array: Array) -> Array:
+    """Contiguous, and in the byte order of this machine, which both processes share."""
+    array = np.asarray(array, order="C")
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
 def _dtype(name: str) -> np.dtype[Any]:
     if name == "bfloat16":
         return np.dtype(np.uint16)
     try:
-        return np.dtype(name)
+        kind = np.dtype(name)
     except TypeError:
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, name))
+        kind = np.dtype(getattr(ml_dtypes, name))
+    if kind.hasobject or kind.itemsize == 0:
+        raise ValueError(f"arrays of {name} are not sent")
+    return kind
+
+
+def _shape(shape: Any) -> tuple[int, ...]:
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"{shape} is no shape")
+    return tuple(shape)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from .. import errors
 from ..errors import BuildCrashError, EngineBuildError, JetrtError
 from .arrays import Array
-from .frames import Link, Message
+from .frames import FrameError, Link, Message
 from .system import MemoryWatch, raise_oom_score
 
 __all__ = ["Answer", "Ask", "Watcher", "run_job"]
@@ -27,6 +27,9 @@ __all__ = ["Answer", "Ask", "Watcher", "run_job"]
 #: How long a child that was asked to stop may take before it is killed.
 _GRACE = 0.8
 _LAST_LINES = 40
+_LONGEST_LINE = 1 << 16
+#: How long one that closed its pipe may take to end: a core dump of gigabytes is written meanwhile.
+_LINGER = 60.0
 
 
 class Watcher(Protocol):
@@ -110,7 +113,8 @@ def _started(library: str | None, environment: Mapping[str, str] | None) -> Iter
 
     def drain() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
+        stdout = process.stdout
+        for line in iter(lambda: stdout.readline(_LONGEST_LINE), b""):
             printed.append(line.decode(errors="replace").rstrip())
 
     reader = threading.Thread(target=drain, name="jetrt-child-output", daemon=True)
@@ -136,6 +140,8 @@ def _environment(library: str | None, more: Mapping[str, str] | None) -> dict[st
     paths = [entry for entry in found.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != package]
     found["PYTHONPATH"] = os.pathsep.join([package, *paths])
     found["PYTHONUNBUFFERED"] = "1"
+    # TensorRT's lines reach us by a thread of the child, too late for the last ones before a crash; printed ones do not.
+    found["JETRT_LOG_STDERR"] = "1"
     if library is not None:
         folder = str(Path(library).parent)
         others = [entry for entry in found.get("LD_LIBRARY_PATH", "").split(":") if entry and entry != folder]
@@ -168,10 +174,18 @@ class _Conversation:
             except KeyboardInterrupt:
                 self._stop()
                 raise self._died("interrupted", "it was stopped by Ctrl-C", None) from None
+            except FrameError as error:
+                self._stop()
+                raise self._died("crash", f"its answer is broken: {error}", None) from None
             except EOFError:
-                process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=_LINGER)
+                if process.poll() is None:
+                    self._stop()
+                    raise self._died("crash", "it closed its pipe before it had answered", None) from None
                 raise self._crashed(memory) from None
             process.wait()
+            memory.peak_resident = max(memory.peak_resident or 0, message.get("peak") or 0) or None
         self._enter("")
         if message["event"] == "error":
             raise _raised(message["error"])
@@ -180,7 +194,7 @@ class _Conversation:
         return Answer(message["result"], found, log, seconds, memory.to_mapping(), self.phases)
 
     def _send(self, request: Message, arrays: Mapping[str, Array] | None) -> None:
-        with contextlib.suppress(BrokenPipeError):  # its death is noticed where its answers are read
+        with contextlib.suppress(BrokenPipeError):
             self.child.link.send(request, arrays)
 
     def _listen(self) -> tuple[Message, dict[str, Array]]:
@@ -197,12 +211,14 @@ class _Conversation:
                 if not selector.select(wait):
                     continue
                 message, arrays = self.child.link.receive()
-                event = message["event"]
+                event = message.get("event")
                 if event in ("result", "error"):
                     return message, arrays
                 if event == "ask":
                     assert self.ask is not None
-                    self.child.link.send(*self.ask(message))
+                    answer = self.ask(message)
+                    with contextlib.suppress(BrokenPipeError):  # its death is noticed where its answers are read
+                        self.child.link.send(*answer)
                     continue
                 if event == "phase":
                     self._enter(message["phase"])
@@ -240,7 +256,9 @@ class _Conversation:
 
     def _died(self, how: str, what: str, number: int | None) -> BuildCrashError:
         self.child.reader.join(timeout=1)
-        lines = [*self.lines, *self.child.printed]
+        printed = [line for line in self.child.printed if line]
+        sent = [part.rstrip() for line in self.lines for part in line.splitlines()]
+        lines = [*(line for line in sent if line and line not in printed), *printed]
         seconds = time.monotonic() - self.begin
         step = {
             "out of memory": "Free memory, lower --workspace and --tactic-memory, or give --low-memory-mode.",
