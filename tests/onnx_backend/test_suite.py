@@ -235,18 +235,21 @@ def test_promises_that_are_broken():
     jetrt = report("10.7.0.1", a=("run", "bad", "InferenceError", ""), b=("wrong", "1 value", "", "passed"))
     jetrt["cases"]["c"] = {"status": "parser", "reason": "Loop", "error": "", "gate": ""}
     jetrt["cases"]["d"] = {"status": "wrong", "reason": "2 values", "error": "", "gate": ""}
+    jetrt["cases"]["f"] = {"status": "shape", "reason": "'x'", "error": "KeyError", "gate": ""}
     jetrt["not run"] = ["e"]
     assert compare.broken(binding, jetrt) == [
         "not comparable: tensorrt 10.6.0 and 10.7.0.1",
         "jetrt: 1 cases were not run",
         "c: in one of the two results only",
         "d: in one of the two results only",
+        "f: in one of the two results only",
         "only: in one of the two results only",
         "a: the binding passes; jetrt: run: bad",
         "b: the binding passes; jetrt: wrong: 1 value",
         "b: wrong (1 value), and the parity gate let it pass",
         "c: refused without a typed error: Loop",
         "d: wrong (2 values), and the parity gate was not asked",
+        "f: refused without a typed error: KeyError 'x'",
     ]
 
 
@@ -259,3 +262,41 @@ def test_compare_as_a_command(tmp_path, capsys):
     assert "- **parser**, 1: no … N\n  (a)\n" in (tmp_path / "refusals.md").read_text()
     assert compare.main([arguments[0], arguments[0]]) == 0
     assert "every promise holds" in capsys.readouterr().out
+
+
+def test_the_summary(tmp_path):
+    """What a later run of the binding found takes the place of what it found first."""
+    gate = "ParityError: cosine 0, allowed from 0.99999. fp32 rounds too little for this: …"
+    results = {
+        "binding": report(a=("wrong", "1 value", "", ""), b=("wrong", "2 values", "", "")),
+        "again": report(a=PASS),
+        "jetrt": report(a=PASS, b=("wrong", "2 values", "", gate)),
+    }
+    for name, result in results.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({**result, "seconds": 1.5}))
+    files = {name: str(tmp_path / f"{name}.json") for name in ("binding", "jetrt", "again", "summary")}
+    more = ["--again", files["again"], "--summary", files["summary"], "--machine", "a GPU"]
+    assert compare.main([files["binding"], files["jetrt"], *more]) == 0
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found["binding"]["counts"] == {"pass": 1, "wrong": 1}
+    assert found["binding"]["again"] == ["a"]
+    assert found["pairs"] == ["1  binding pass     jetrt pass", "1  binding wrong    jetrt wrong"]
+    refused = "ParityError: cosine 0, allowed from 0.99999."
+    assert found["wrong"] == {"b": {"reason": "2 values", "binding": "wrong", "gate": refused}}
+    assert (found["machine"], found["cases"], found["broken promises"]) == ("a GPU", 2, [])
+
+
+@pytest.mark.parametrize(
+    ("reason", "group"),
+    [
+        ("no 'x' 3", "no … N"),
+        (
+            "input 'x' is float64, which no TensorRT tensor can be",
+            "input … is float64, which no TensorRT tensor can be",
+        ),
+        (': creator && "Plugin not found"', 'creator && "Plugin not found"'),
+        ("output 0: 1 of 2 differ at [0]: -0.5; expected 1.5e-05", "output N: N of N differ at [N]: -N; expected N"),
+    ],
+)
+def test_reasons_that_count_as_one(reason, group):
+    assert compare.grouped(reason) == group
