@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from ..builder.pipeline import BuildResult, build_plan
-from ..builder.progress import reporter
+from ..builder.progress import KINDS, reporter
 from ..builder.targets import add_build_arguments, targets
 
 __all__ = ["add_build", "print_result", "run_build"]
@@ -15,9 +16,7 @@ __all__ = ["add_build", "print_result", "run_build"]
 def add_build(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=run_build)
     add_build_arguments(parser)
-    parser.add_argument(
-        "--progress", choices=["auto", "terminal", "plain", "none"], default="auto", help="how progress is shown (auto)"
-    )
+    parser.add_argument("--progress", choices=KINDS, default="auto", help="how progress is shown (auto)")
 
 
 def run_build(arguments: argparse.Namespace) -> None:
@@ -27,19 +26,19 @@ def run_build(arguments: argparse.Namespace) -> None:
             for note in target.notes:
                 shown.note(note)
             result = build_plan(target.onnx, target.engine, target.options, reporter=shown)
-        if target.options.dump_layers is not None and result.network is not None:
-            _dump(target.options.dump_layers, result.network)
         print_result(result)
+        if target.options.dump_layers is not None:
+            _dump(target.options.dump_layers, result)
         sys.stdout.flush()
 
 
-def _dump(where: str, layers: str) -> None:
-    if where == "-":
-        print(layers)
+def _dump(where: str, result: BuildResult) -> None:
+    if result.network is None:
+        print(f"--dump-layers {where}: nothing was built, so there are no layers to write; --rebuild builds it again.")
+    elif where == "-":
+        print(result.network)
     else:
-        from pathlib import Path
-
-        Path(where).write_text(layers + "\n", encoding="utf-8")
+        Path(where).write_text(result.network + "\n", encoding="utf-8")
 
 
 def print_result(result: BuildResult) -> None:

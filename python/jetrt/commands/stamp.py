@@ -15,7 +15,11 @@ from ..builder import parity
 from ..builder.arrays import load_npz, widened
 from ..builder.audit import ACCEPTED, audit
 from ..builder.onnx_file import OnnxFile
-from ..builder.pipeline import (
+from ..builder.profiles import InputRange, NetworkInput, Profile
+from ..builder.progress import reporter
+from ..builder.reference import from_text
+from ..builder.thresholds import Thresholds
+from ..builder.trying import (
     NoReferenceError,
     compare,
     identify,
@@ -23,14 +27,11 @@ from ..builder.pipeline import (
     model_file,
     outputs_of,
     reference_outputs,
+    tensors,
     tried,
 )
-from ..builder.profiles import InputRange, NetworkInput, Profile
-from ..builder.progress import reporter
-from ..builder.reference import from_text
-from ..builder.thresholds import Thresholds
 from ..errors import BuildOptionError, EngineBuildError
-from ..provenance import EngineFile, Manifest, Parity, Tensor, engine_lock, publish
+from ..provenance import EngineFile, Manifest, Parity, engine_lock, publish
 
 __all__ = ["add_stamp", "run_stamp"]
 
@@ -38,9 +39,9 @@ __all__ = ["add_stamp", "run_stamp"]
 def add_stamp(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=run_stamp)
     parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan that has no manifest")
-    parser.add_argument("--onnx", type=Path, metavar="MODEL.onnx", help="the model it was built from: parity is checked")
+    parser.add_argument("--onnx", type=Path, metavar="MODEL.onnx", help="the model that it was built from")
     parser.add_argument("--precision", choices=sorted(ACCEPTED), default="fp32", help="what it was built for (fp32)")
-    parser.add_argument("--reference", metavar="KIND", help="what to compare with: a kind of reference, or an .npz file")
+    parser.add_argument("--reference", metavar="KIND", help="what to compare with: a kind, or FILE.npz")
     parser.add_argument("--inputs", type=Path, metavar="FILE.npz", help="inputs to run it with")
     parser.add_argument("--parity-limit", action="append", nargs="+", default=[], metavar="LIMIT")
     parser.add_argument("--plugin", dest="plugins", action="append", default=[], metavar="LIBRARY")
@@ -57,12 +58,14 @@ def run_stamp(arguments: argparse.Namespace) -> None:
             f"{plan} has a manifest already. Look at it with `jetrt inspect`, or replace it with --overwrite.",
             path=str(plan),
         )
+    model = OnnxFile.open(arguments.onnx) if arguments.onnx is not None else None
+    source = _source(arguments.reference, model)
     load: dict[str, Any] = {"device": arguments.device, "plugins": arguments.plugins, "refit": None}
     with reporter("auto") as shown:
         shown.title("looking at this machine")
         here = identify(arguments.device)
         shown.title(f"loading {plan}")
-        tables = tried(plan, [], load, library=here.library, reporter=shown).result
+        tables = tried(plan, [], load, here=here, reporter=shown).result
         infos = [
             NetworkInput(row["name"], row["dtype"], tuple(row["shape"]), row["location"] == "host")
             for row in tables["inputs"]
@@ -71,22 +74,18 @@ def run_stamp(arguments: argparse.Namespace) -> None:
         given = load_npz(arguments.inputs, "--inputs") if arguments.inputs is not None else None
         cases = parity.points(profiles, infos, given=given)
         shown.title(f"running {plan}")
-        found = tried(plan, cases, load, library=here.library, reporter=shown, layer_runs=20)
-        thresholds = Thresholds.parse(
-            arguments.precision, [word for words in arguments.parity_limit for word in words]
-        )
-        model = None
-        report = parity.not_run("no model was given (--onnx)", thresholds)
-        if arguments.onnx is not None:
+        found = tried(plan, cases, load, here=here, reporter=shown, layer_runs=20)
+        thresholds = Thresholds.parse(arguments.precision, [word for words in arguments.parity_limit for word in words])
+        report = parity.not_run("no model was given (--onnx), and no outputs (--reference)", thresholds)
+        if source is not None:
             shown.title("computing the reference")
-            model = OnnxFile.open(arguments.onnx)
             try:
                 references = reference_outputs(
-                    model.path,
+                    plan if model is None else model.path,
                     cases,
-                    from_text(arguments.reference) if arguments.reference is not None else {},
+                    source,
                     outputs={row["name"]: row["shape"] for row in tables["outputs"]},
-                    own_types={info.name: info.dtype for info in model.inputs},
+                    own_types={} if model is None else {info.name: info.dtype for info in model.inputs},
                     reporter=shown,
                 )
                 report = compare(cases, found, references, thresholds)
@@ -95,13 +94,14 @@ def run_stamp(arguments: argparse.Namespace) -> None:
     print(report.table())
     sys.stdout.flush()
     parity.gate(report, allow_not_run=True)
+    what = "random" if arguments.inputs is None else "these"
     for output in outputs_of(found, len(cases)):
         for name, array in output.items():
             wide = widened(array)
             if wide.dtype.kind == "f" and not np.isfinite(wide).all():
                 raise EngineBuildError(
-                    f"{plan}: output {name!r} holds NaN or infinity for random inputs. If that is right for this model, "
-                    "give inputs that suit it with --inputs.",
+                    f"{plan}: output {name!r} holds NaN or infinity for {what} inputs. If the model needs others, give "
+                    "them with --inputs.",
                     path=str(plan),
                 )
     audited = audit(found.result["inspector"], layer_times(found.result["layer_times"]), arguments.precision)
@@ -117,8 +117,8 @@ def run_stamp(arguments: argparse.Namespace) -> None:
         command=None,
         machine=here.machine,
         version_compatible=header["serialization"] == 0,
-        inputs=_tensors(tables["inputs"]),
-        outputs=_tensors(tables["outputs"]),
+        inputs=tensors(tables["inputs"]),
+        outputs=tensors(tables["outputs"]),
         profiles=tuple(profile.to_mapping() for profile in profiles),
         audit=audited.to_mapping(),
         parity=Parity(**{**stored, "cases": tuple(stored["cases"])}),
@@ -128,12 +128,28 @@ def run_stamp(arguments: argparse.Namespace) -> None:
     print(f"{Manifest.path_for(plan)} and {plan}.sha256 are written: it ran here on {len(cases)} sets of inputs.")
 
 
+def _source(reference: str | None, model: OnnxFile | None) -> dict[str, Any] | None:
+    """What to compare with; ``None``: nothing."""
+    if reference is None:
+        return None if model is None else {}
+    source = from_text(reference)
+    if source.get("kind") == "tensorrt fp32":
+        raise BuildOptionError(
+            f"--reference {reference}: a stamp builds nothing. Give --reference out.npz, or build the plan again with "
+            "`jetrt build`.",
+            option="--reference",
+        )
+    if model is None and "npz" not in source:
+        raise BuildOptionError(f"--reference {reference} computes with the model: give --onnx.", option="--reference")
+    return source
+
+
 def _profiles(plan: Path, tables: dict[str, Any], infos: list[NetworkInput]) -> list[Profile]:
     unknown = [info.name for info in infos if info.shape_tensor]
     if unknown:
         raise BuildOptionError(
-            f"{plan}: {', '.join(unknown)} are shape tensors, whose allowed values a plan does not tell. Build it again "
-            "from its ONNX with `jetrt build`, which writes a manifest.",
+            f"{plan}: {', '.join(unknown)} are shape tensors, whose allowed values a plan does not tell. Build it "
+            "again from its ONNX with `jetrt build`, which writes a manifest.",
         )
     if not tables["profile_shapes"]:
         return [Profile({info.name: InputRange(info.shape, info.shape, info.shape) for info in infos})]
@@ -146,10 +162,3 @@ def _profiles(plan: Path, tables: dict[str, Any], infos: list[NetworkInput]) -> 
         )
         for shapes in tables["profile_shapes"]
     ]
-
-
-def _tensors(rows: list[dict[str, Any]]) -> tuple[Tensor, ...]:
-    return tuple(
-        Tensor(row["name"], row["dtype"], tuple(row["shape"]), row["location"], row["format"] or "unknown")
-        for row in rows
-    )

@@ -14,13 +14,14 @@ from ..builder.arrays import load_npz
 from ..builder.cases import Case
 from ..builder.onnx_file import OnnxFile
 from ..builder.options import BuildOptions
-from ..builder.pipeline import NoReferenceError, compare, identify, reference_outputs, tried
+from ..builder.pipeline import fp32_reference
 from ..builder.profiles import NetworkInput, Profile
 from ..builder.progress import Reporter, reporter
 from ..builder.reference import from_text
 from ..builder.thresholds import Thresholds
+from ..builder.trying import NoReferenceError, compare, identify, reference_outputs, tried
 from ..errors import BuildOptionError, ManifestError
-from ..provenance import Manifest, Parity, Sha256Sidecar, check_before_load, check_refit, engine_lock, publish
+from ..provenance import Manifest, Parity, Sha256Sidecar, check_before_load, engine_lock, publish
 
 __all__ = ["add_verify", "run_verify", "verified"]
 
@@ -29,11 +30,16 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=run_verify)
     parser.add_argument("plan", type=Path, metavar="PLAN", help="a plan with a manifest")
     parser.add_argument("--onnx", type=Path, metavar="MODEL.onnx", help="its model (the one its manifest names)")
-    parser.add_argument("--reference", metavar="KIND", help="what to compare with: a kind of reference, or an .npz file")
+    parser.add_argument("--reference", metavar="KIND", help="what to compare with: a kind, or FILE.npz")
     parser.add_argument("--inputs", type=Path, metavar="FILE.npz", help="inputs to compare with")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the inputs that are made up")
     parser.add_argument(
-        "--parity-limit", action="append", nargs="+", default=[], metavar="LIMIT", help="[OUTPUT:]cosine=0.99,max_rel=0.2"
+        "--parity-limit",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar="LIMIT",
+        help="[OUTPUT:]cosine=0.99,max_rel=0.2",
     )
     parser.add_argument("--device", type=int, default=0, metavar="N", help="number of the GPU (0)")
     parser.add_argument("--update", action="store_true", help="write the result into the manifest")
@@ -86,32 +92,33 @@ def verified(
     if sidecar is not None:
         sidecar.verify(plan)
     options = BuildOptions() if manifest.options is None else BuildOptions.from_mapping(manifest.options)
-    model = onnx or _model(plan, manifest)
-    if manifest.stripped or reference is None or not reference.endswith(".npz"):
-        digest = OnnxFile.open(model).sha256()
-        if manifest.model is not None:
-            check_refit(manifest, digest.sha256)
-    cases = _cases(manifest, inputs or (options.inputs and Path(options.inputs)), options.seed if seed is None else seed)
+    source = from_text(text) if (text := reference or options.reference) is not None else {}
+    model = None if "npz" in source and not manifest.stripped and onnx is None else _model(plan, manifest, onnx)
+    given = inputs if inputs is not None else options.inputs
+    cases = _cases(manifest, given, options.seed if seed is None else seed)
     load = {
         "device": device,
         "plugins": list(options.plugins),
-        "refit": str(model) if manifest.stripped else None,
+        "refit": str(model.path) if model is not None and manifest.stripped else None,
     }
     shown.title(f"running {plan}")
-    found = tried(plan, cases, load, library=here.library, reporter=shown)
+    found = tried(plan, cases, load, here=here, reporter=shown)
     precision = options.precision or _stored_precision(manifest)
     thresholds = Thresholds.parse(precision, limits or list(options.parity_limit))
     shown.title("computing the reference")
     try:
-        text = reference or options.reference
-        references = reference_outputs(
-            model,
-            cases,
-            from_text(text) if text is not None else {},
-            outputs={info.name: list(info.shape) for info in manifest.outputs},
-            own_types={info.name: info.dtype for info in OnnxFile.open(model).inputs},
-            reporter=shown,
-        )
+        if source.get("kind") == "tensorrt fp32":
+            assert model is not None
+            references = fp32_reference(model, plan, replace(options, device=device), here, cases, shown)
+        else:
+            references = reference_outputs(
+                plan if model is None else model.path,
+                cases,
+                source,
+                outputs={info.name: list(info.shape) for info in manifest.outputs},
+                own_types={} if model is None else {info.name: info.dtype for info in model.inputs},
+                reporter=shown,
+            )
         report = compare(cases, found, references, thresholds, _forced(options))
     except NoReferenceError as error:
         report = parity.not_run(str(error), thresholds)
@@ -133,20 +140,30 @@ def _forced(options: BuildOptions) -> dict[str, str] | None:
     return {entry.name: entry.dtype for entry in entries if entry.dtype is not None} or None
 
 
-def _model(plan: Path, manifest: Manifest) -> Path:
-    """The model that the manifest names: where its command had it, else beside the plan."""
+def _model(plan: Path, manifest: Manifest, given: Path | None) -> OnnxFile:
+    """The model that the manifest names: where its command had it, else beside the plan. It must be the same one."""
     command = list(manifest.command or ())
     candidates = [Path(command[command.index("--onnx") + 1])] if "--onnx" in command else []
     if manifest.model is not None:
         candidates.append(plan.with_name(manifest.model.file))
-    for path in candidates:
-        if path.exists():
-            return path
-    named = ", ".join(map(str, candidates)) or "none that its manifest names"
-    raise BuildOptionError(f"{plan}: its model is not there ({named}). Give it with --onnx.", option="--onnx")
+    path = given or next((path for path in candidates if path.exists()), None)
+    if path is None:
+        named = ", ".join(map(str, dict.fromkeys(candidates))) or "none that its manifest names"
+        raise BuildOptionError(f"{plan}: its model is not there ({named}). Give it with --onnx.", option="--onnx")
+    model = OnnxFile.open(path)
+    found = model.sha256().sha256
+    if manifest.model is not None and manifest.model.sha256 != found:
+        raise ManifestError(
+            f"{plan} was built from {manifest.model.file!r} with SHA-256 {manifest.model.sha256}, and {path} has "
+            f"{found}. Give the model that it was built from with --onnx, or build the plan again from this one.",
+            path=str(plan),
+            found=found,
+            allowed=manifest.model.sha256,
+        )
+    return model
 
 
-def _cases(manifest: Manifest, inputs: Path | None, seed: int) -> list[Case]:
+def _cases(manifest: Manifest, inputs: Path | str | None, seed: int) -> list[Case]:
     profiles = [Profile.from_mapping(entry) for entry in manifest.profiles]
     infos = [
         NetworkInput(info.name, info.dtype, tuple(info.shape), info.location == "host") for info in manifest.inputs
