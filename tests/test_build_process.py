@@ -82,12 +82,13 @@ def test_deaths(tmp_path: Path, phase: str, outcome: str, how: str, number: int 
     assert left(tmp_path) == ["m.onnx"]
 
 
-def test_what_a_library_prints_is_shown(tmp_path: Path) -> None:
-    # Rust's own text of an abort, which goes past TensorRT's logger.
+def test_what_a_library_prints_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUST_BACKTRACE", "0")
+    # Rust's own text of a panic, which goes past TensorRT's logger.
     with pytest.raises(BuildCrashError, match=r"crashed \(SIGABRT\)") as caught:
         build(tmp_path, {"memory": 1 << 60})
     assert caught.value.log is not None
-    assert any("memory allocation of 1152921504606846976 bytes failed" in line for line in caught.value.log)
+    assert [line for line in caught.value.log if "1152921504606846976 bytes failed" in line], caught.value.log
     assert left(tmp_path) == ["m.onnx"]
 
 
@@ -235,6 +236,7 @@ class Started:
             if "building m.engine: build" in line:
                 (child,) = children(self.process.pid)
                 assert b"jetrt.builder.child" in command_of(child)
+                time.sleep(0.3)  # from the phase to the first callback
                 return child
         raise AssertionError("it never came to the build")
 
@@ -260,7 +262,7 @@ def test_ctrl_c(tmp_path: Path, started: Started, group: bool) -> None:
     assert started.process.returncode == 130
     assert re.search(
         r"jetrt: BuildCrashError: the process for the build ended after \d+\.\d s in phase 'build': it was stopped by "
-        r"Ctrl-C\.\nIts last lines:\n(.*\n)*  it has begun",
+        r"Ctrl-C\.\nIts last lines:\n(.*\n)*  .*Build canceled by user",
         text,
     )
     assert "Traceback" not in text
@@ -468,7 +470,7 @@ def frame(head: Any) -> bytes:
     [
         (struct.pack("<Q", (1 << 30) + 1), "a message of 1073741825 bytes; the largest allowed has 1073741824"),
         (frame(b"\xff\xfe"), "is no message"),
-        (frame(b"[" * 100_000), r"is no message \(RecursionError"),
+        (frame(b"[" * 50_000), r"is no message \(RecursionError"),
         (frame([]), r"is no message"),
         (frame("text"), r"is no message \(AttributeError"),
         (frame({}), r"is no message \(KeyError: 'arrays'\)"),

@@ -119,18 +119,19 @@ def _started(library: str | None, environment: Mapping[str, str] | None) -> Iter
 
     reader = threading.Thread(target=drain, name="jetrt-child-output", daemon=True)
     reader.start()
-    with os.fdopen(here, "rb", buffering=0) as incoming, os.fdopen(ours, "wb") as outgoing:
-        try:
-            yield _Child(process, Link(incoming, outgoing), here, printed, reader)
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-            reader.join(timeout=5)
-            with contextlib.suppress(OSError, ValueError):
-                outgoing.flush()
-            if process.stdout is not None:
-                process.stdout.close()
+    incoming, outgoing = os.fdopen(here, "rb", buffering=0), os.fdopen(ours, "wb")
+    try:
+        yield _Child(process, Link(incoming, outgoing), here, printed, reader)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        incoming.close()
+        with contextlib.suppress(BrokenPipeError):  # what it did not read any more
+            outgoing.close()
+        reader.join(timeout=0.5)
+        if process.stdout is not None and not reader.is_alive():  # a process of its own may still hold the other end
+            process.stdout.close()
 
 
 def _environment(library: str | None, more: Mapping[str, str] | None) -> dict[str, str]:
