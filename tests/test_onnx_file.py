@@ -12,16 +12,16 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
-import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
 
 from jetrt.builder.onnx_file import _TYPES, OnnxFile
 from jetrt.builder.profiles import NetworkInput
 from jetrt.errors import ModelError
 
+onnx = pytest.importorskip("onnx", reason="the package onnx is not installed (it does not take numpy 1.21)")
+TensorProto, helper, numpy_helper = onnx.TensorProto, onnx.helper, onnx.numpy_helper
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 
 
