@@ -262,7 +262,7 @@ def test_ctrl_c(tmp_path: Path, started: Started, group: bool) -> None:
     assert started.process.returncode == 130
     assert re.search(
         r"jetrt: BuildCrashError: the process for the build ended after \d+\.\d s in phase 'build': it was stopped by "
-        r"Ctrl-C\.\nIts last lines:\n(.*\n)*  .*Build canceled by user",
+        r"Ctrl-C\.\nIts last lines:\n(.*\n)*  it has begun",
         text,
     )
     assert "Traceback" not in text
