@@ -241,7 +241,7 @@ class _Build:
             self.model, plan, self.options, self.config, self.here, self.reporter, timeout, level, self.calibration
         )
         self.network = json.dumps(answer.result["layers"], indent=1)
-        self._read_log(answer)
+        self._explain([line for _, line in answer.log], "TensorRT's log")
         if self.calibration is not None:
             self.calibration.read(answer)
             self.tables["calibration"] = self.calibration.table
@@ -249,10 +249,9 @@ class _Build:
             self.note(answer.result["timing_cache"]["problem"])
         return answer
 
-    def _read_log(self, answer: Answer) -> None:
-        found = known_failures.explain(
-            answer.log, tensorrt=self.here.tensorrt, stage="build", gpu=self.here.machine.gpu
-        )
+    def _explain(self, lines: Sequence[str], whose: str) -> None:
+        """What the table of known failures says about lines of a build that did not fail."""
+        found = known_failures.explain(lines, tensorrt=self.here.tensorrt, stage="build", gpu=self.here.machine.gpu)
         for finding in found:
             if finding.kind != "note" and finding.to_mapping() not in self.findings:
                 self.findings.append(finding.to_mapping())
@@ -260,7 +259,7 @@ class _Build:
         bad = [finding for finding in found if finding.kind == "accuracy"]
         if bad and self.options.strict:
             raise EngineBuildError(
-                f"{self.final}: --strict, and TensorRT's log has {len(bad)} finding(s) about accuracy:\n"
+                f"{self.final}: --strict, and {whose} has {len(bad)} finding(s) about accuracy:\n"
                 + "\n\n".join(finding.text() for finding in bad),
                 path=str(self.final),
                 log=[finding.line for finding in bad],
@@ -448,6 +447,7 @@ class _Build:
         for finding in audited.findings:
             self.note(finding)
             self.findings.append({"kind": "precision", "text": finding})
+        self._explain(audited.findings, "the precision audit")
         if self.options.require_precision is not None:
             check(audited, self.options.require_precision)
         return audited

@@ -45,7 +45,7 @@ def print_result(result: BuildResult) -> None:
     """What was built, how exact it is, and where it may run."""
     manifest = result.manifest
     for title, text in result.tables.items():
-        print(f"{title}\n{text}\n")
+        print(f"{text}\n" if text.startswith(title) else f"{title}\n{text}\n")
     machine = manifest.machine
     where = f"TensorRT {machine.tensorrt}, {machine.gpu} (sm_{machine.sm}, {machine.sm_count} SMs)"
     size = f"{manifest.engine.bytes / 2**20:.2f} MiB"
