@@ -70,7 +70,6 @@ def build(context: Context) -> Answer:
         seen = len(context.lines)
         kept = _configure(network, config, options, profiles, layers, request)
         _calibrator(context, network)
-        timing = _timing_cache(network, request)
         wrong = [line for level, line in context.lines[seen:] if level >= 40]
         if wrong:
             raise EngineBuildError(
@@ -79,6 +78,7 @@ def build(context: Context) -> Answer:
                 path=request["onnx"],
                 log=wrong,
             )
+        timing = _timing_cache(network, request)  # what TensorRT says of a foreign one is no fault of the build
         context.phase("build")
         built = network.build(request["plan"])
         context.phase("finish")
