@@ -1,4 +1,4 @@
-"""jetrt builds, runs and judges NVIDIA TensorRT engines: never silently wrong, never silently copied, never silently slow.
+"""jetrt builds, runs and judges TensorRT engines: never silently wrong, never silently copied, never silently slow.
 
     import jetrt
 

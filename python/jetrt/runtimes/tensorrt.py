@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import _core
 from ..builder.options import BuildOptions
@@ -62,7 +62,7 @@ class TensorrtRuntime(FileRuntime):
         from ..builder import build
 
         bounds = ("min", "opt", "max")
-        shapes = {
+        shapes: dict[str, Any] = {
             bound: ({name: list(ranges[index]) for name, *ranges in config.optimization_profiles},)
             for index, bound in enumerate(bounds)
             if config.optimization_profiles
