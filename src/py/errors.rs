@@ -32,10 +32,30 @@ fn raised(py: Python<'_>, e: &Error) -> PyErr {
             }
         }
         let class = classes(py)?.getattr(e.kind().class())?;
-        Ok(PyErr::from_value(class.call((&message,), Some(&fields))?))
+        let value = class.call((&message,), Some(&fields))?;
+        // What is known of such log lines is a help; without it the error is the same.
+        let _ = explained(py, e, &value);
+        Ok(PyErr::from_value(value))
     };
     // Without the Python package there are no classes; the message must come through all the same.
     made().unwrap_or_else(|_| PyRuntimeError::new_err(message.clone()))
+}
+
+/// Adds what the table of known failures says about TensorRT's lines, to errors that carry some.
+fn explained(py: Python<'_>, e: &Error, value: &Bound<'_, PyAny>) -> PyResult<()> {
+    let stage = match e.kind() {
+        Kind::Deserialize | Kind::Plan => "load",
+        Kind::Inference | Kind::OutOfMemory | Kind::Cuda | Kind::GraphCapture => "run",
+        _ => return Ok(()),
+    };
+    if e.field("log").is_none() {
+        return Ok(());
+    }
+    let options = PyDict::new(py);
+    options.set_item("tensorrt", crate::trt::opened().map(|l| l.version.to_string()))?;
+    options.set_item("stage", stage)?;
+    py.import("jetrt.known_failures")?.call_method("attach", (value,), Some(&options))?;
+    Ok(())
 }
 
 /// Python picks FileNotFoundError, PermissionError and the like by the number.

@@ -77,6 +77,11 @@ pub fn library(extra: &[PathBuf], plan: Option<PlanVersion>) -> Result<&'static 
     Ok(LIBRARY.get_or_init(|| opened))
 }
 
+/// The library, if one was opened.
+pub fn opened() -> Option<&'static Library> {
+    LIBRARY.get()
+}
+
 const FOLDERS: [&str; 9] = [
     "/usr/lib/aarch64-linux-gnu",
     "/usr/lib/x86_64-linux-gnu",

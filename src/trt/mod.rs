@@ -20,5 +20,5 @@ mod profiler;
 pub use allocator::OutputAllocator;
 pub use context::Context;
 pub use engine::{Engine, IoTensor, LoadReport, Loading};
-pub use library::{library, Library, Version};
+pub use library::{library, opened, Library, Version};
 pub use profiler::LayerTime;
