@@ -115,7 +115,7 @@ def test_from_a_folder_of_images(tmp_path):
         image.fromarray(one).save(tmp_path / "images" / f"{index}.png")
     shapes = {"min": "x:1x3x8x8", "opt": "x:2x3x8x8", "max": "x:4x3x8x8"}
     more: dict[str, Any] = {**shapes, "model": "conv.onnx", "calib_data": str(tmp_path / "images"), "calib_batch": 3}
-    with pytest.raises(BuildOptionError, match="say how its images become tensors, .*: --calib-preprocess resize="):
+    with pytest.raises(BuildOptionError, match=r"say how its images become tensors, .*: --calib-preprocess resize="):
         build(tmp_path, **more)
     says = "resize=8x8,layout=nchw,color=rgb,scale=1/255"
     record = build(tmp_path, **more, calib_preprocess=says).manifest.calibration
@@ -188,7 +188,7 @@ def test_an_iterable_that_changes_while_it_is_used(folder):
 
 def test_a_calibrator_that_is_left_out(folder):
     fakes.onnx_model(folder / "m.onnx", build={"ignore": ["setInt8Calibrator"]})
-    with pytest.raises(EngineBuildError, match="[Cc]alibrator"):
+    with pytest.raises(EngineBuildError, match=r"[Cc]alibrator"):
         build(folder)
     assert left(folder) == {"data.npz", "m.onnx"}
 
@@ -257,10 +257,9 @@ def test_a_cache_of_another_preprocessing(tmp_path):
     (tmp_path / "images").mkdir()
     for index, one in enumerate(np.random.default_rng(1).integers(0, 255, (8, 8, 8, 3), np.uint8)):
         image.fromarray(one).save(tmp_path / "images" / f"{index}.png")
-    more: dict[str, Any] = {
-        **{"min": "x:1x3x8x8", "opt": "x:2x3x8x8", "max": "x:4x3x8x8"},
-        **{"model": "conv.onnx", "calib_data": str(tmp_path / "images"), "calib_cache": str(tmp_path / "c.cache")},
-    }
+    shapes = {"min": "x:1x3x8x8", "opt": "x:2x3x8x8", "max": "x:4x3x8x8"}
+    files = {"calib_data": str(tmp_path / "images"), "calib_cache": str(tmp_path / "c.cache")}
+    more: dict[str, Any] = {**shapes, **files, "model": "conv.onnx"}
     build(tmp_path, **more, calib_preprocess="resize=8x8,layout=nchw,color=rgb,scale=1/255")
     with pytest.raises(CalibrationCacheError, match="another data set, preprocessing") as caught:
         build(tmp_path, **more, calib_preprocess="resize=8x8,layout=nchw,color=rgb,scale=1", overwrite=True)
@@ -340,7 +339,7 @@ def test_a_model_with_qdq_takes_no_calibrator(folder):
 def test_a_calibrator_for_a_model_with_qdq_is_refused(folder):
     fakes.onnx_model(folder / "m.onnx", "qdq")
     for more in ({}, {"calibration_data": Counted()}):
-        with pytest.raises(BuildOptionError, match="so TensorRT would ignore the calibration. Leave the calibration"):
+        with pytest.raises(BuildOptionError, match=r"so TensorRT would ignore the calibration\. Leave the calibration"):
             build(folder, **more)
 
 

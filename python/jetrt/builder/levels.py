@@ -141,7 +141,7 @@ class LevelTable:
                 row.parity or "",
                 _cell(row.median, 1e3, ".3f"),
                 _cell(row.spread, 1e3, ".3f"),
-                " ".join(row.reason.split()),
+                _brief(row.reason),
             ]
             for row in self.rows
         ]
@@ -164,6 +164,12 @@ class LevelTable:
             return cls(rows, int(data["default_level"]), data["chosen"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ManifestError(f"levels: the record is damaged: {error}. Build again to make a new one.") from error
+
+
+def _brief(reason: str) -> str:
+    """What it was, and what is known about it; the record has the log beside it."""
+    first, *rest = reason.splitlines() or [""]
+    return " ".join([first, *(line for line in rest if line.startswith("Known "))])
 
 
 def _cell(value: float | None, factor: float, form: str) -> str:
