@@ -325,7 +325,10 @@ def faked(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
 @pytest.mark.parametrize(
     ("code", "text"),
     [
-        ("out.write(struct.pack('<Q', 1 << 62)); out.flush(); time.sleep(60)", "a message of 4611686018427387904 bytes"),
+        (
+            "out.write(struct.pack('<Q', 1 << 62)); out.flush(); time.sleep(60)",
+            "a message of 4611686018427387904 bytes",
+        ),
         ("out.write(struct.pack('<Q', 4) + b'hey!'); out.flush(); time.sleep(60)", r"bytearray|b'hey!' is no message"),
         ("out.write(struct.pack('<Q', 2) + b'[]'); out.flush()", r"b'\[\]' is no message \(TypeError"),
     ],

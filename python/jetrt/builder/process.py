@@ -141,7 +141,7 @@ def _environment(library: str | None, more: Mapping[str, str] | None) -> dict[st
     paths = [entry for entry in found.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != package]
     found["PYTHONPATH"] = os.pathsep.join([package, *paths])
     found["PYTHONUNBUFFERED"] = "1"
-    # Python sees TensorRT's lines when a call returns, too late for the last ones before a crash; printed they are seen.
+    # Python gets TensorRT's lines when a call returns, too late for the last ones before a crash.
     found["JETRT_LOG_STDERR"] = "1"
     if library is not None:
         folder = str(Path(library).parent)
