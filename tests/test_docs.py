@@ -221,25 +221,6 @@ def test_the_parser_is_of_libnvinfers_folder(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "m.engine").exists()
 
 
-@pytest.mark.parametrize(
-    ("ignored", "options", "text"),
-    [
-        ("FP16", {"precision": "fp16"}, r"builder flag FP16: set to true, and TensorRT kept false"),
-        ("WORKSPACE", {"workspace": "64M"}, r"limit of memory pool WORKSPACE: set to 67108864, and TensorRT kept"),
-        ("setBuilderOptimizationLevel", {"opt_level": 1}, r"builder_optimization_level: set to 1, and TensorRT kept 3"),
-    ],
-)
-def test_a_setter_that_does_not_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignored: str, options: dict[str, Any], text: str
-) -> None:
-    monkeypatch.setenv("FAKE_TRT_BUILD", json.dumps({"ignore": [ignored]}))
-    model = fakes.onnx_model(tmp_path / "m.onnx")
-    shapes = {"min": "x:1x64", "opt": "x:8x64", "max": "x:64x64"}
-    with pytest.raises(errors.EngineBuildError, match=text):
-        jetrt.build(model, tmp_path / "m.engine", progress="none", **shapes, **options)
-    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
-
-
 def test_a_timing_cache_of_another_tensorrt(tmp_path: Path) -> None:
     """It is told and not used, and what was measured here is kept in its place."""
     model, cache = fakes.onnx_model(tmp_path / "m.onnx"), tmp_path / "timing.cache"
