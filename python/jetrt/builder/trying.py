@@ -75,7 +75,12 @@ def explained_job(
         stage: known_failures.Stage = "build" if job == "build" else "run"
         if stage == "run" and (isinstance(error, EngineDeserializeError) or getattr(error, "phase", None) == "load"):
             stage = "load"
-        raise known_failures.attach(error, tensorrt=here.tensorrt, stage=stage, gpu=here.machine.gpu) from None
+        where: dict[str, Any] = {"tensorrt": here.tensorrt, "stage": stage, "gpu": here.machine.gpu}
+        if getattr(error, "findings", None):
+            # The child has put them into the message; they came as text.
+            lines = getattr(error, "log", None) or [error.message]
+            error.findings = known_failures.explain(lines, **where)  # type: ignore[attr-defined]
+        raise known_failures.attach(error, **where) from None
 
 
 def tried(
