@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shlex
 from collections.abc import Callable
@@ -251,7 +250,8 @@ def test_several_profiles(build: Build) -> None:
     (x, _) = fakes.plan_content(result.path)["io"]
     assert x["profiles"] == [[[1, 64], [1, 64], [8, 64]], [[16, 64], [32, 64], [64, 64]]]
     places = [(case["profile"], case["point"]) for case in result.manifest.parity.cases]
-    assert places == [(0, "min"), (0, "opt"), (0, "max"), (1, "min"), (1, "opt"), (1, "max")]
+    # min and opt of the first are the same.
+    assert places == [(0, "opt"), (0, "max"), (1, "min"), (1, "opt"), (1, "max")]
     assert len(jetrt.Engine(result.path).inputs["x"].profiles) == 2
 
 
@@ -260,9 +260,12 @@ def test_values_of_a_shape_tensor(build: Build) -> None:
     assert result.manifest.parity.state == "passed"
     assert result.manifest.profiles[0]["values"] == {"size": {"min": [1, 1], "opt": [2, 3], "max": [8, 8]}}
     assert [one.location for one in result.manifest.inputs] == ["device", "host"]
-    with pytest.raises(BuildOptionError, match=r"input 'size'.*\[.*\]") as caught:
+    with pytest.raises(BuildOptionError) as caught:
         build("shape_input", engine="other.engine", min=[], opt=[], max=[])
-    assert "--min" in caught.value.message
+    assert caught.value.message == (
+        "'size' is a shape tensor, and nothing says which values it takes. Give --min 'size=[?,?]' --opt 'size=[?,?]' "
+        "--max 'size=[?,?]' with a number for each ?."
+    )
 
 
 # Plans of a special kind ----------------------------------------------------------------------------------------------
@@ -504,7 +507,7 @@ def test_dump_layers(command: Callable[..., int]) -> None:
 
 
 def test_a_wrong_plan(tmp_path: Path, build: Build) -> None:
-    with pytest.raises(ParityError, match="'?y'?") as caught:
+    with pytest.raises(ParityError, match=r"'?y'?") as caught:
         build(fields={"build": {"differ": True}}, parity=True)
     assert caught.value.failures
     assert left(tmp_path) == ["m.onnx"]
@@ -638,9 +641,8 @@ def test_a_damaged_plan_without_checks(build: Build) -> None:
         jetrt.Engine(result.path, verify="off")
 
 
-def test_options_are_given_once(tmp_path: Path) -> None:
+def test_options_are_given_once() -> None:
     from jetrt.builder.options import BuildOptions
 
     with pytest.raises(BuildOptionError, match=r"options and precision are both given: put all into options\."):
         jetrt.build("m.onnx", options=BuildOptions(), precision="fp16")
-    assert "m.onnx" not in os.listdir(tmp_path)

@@ -112,7 +112,7 @@ def _error(error: Exception) -> Message:
         return {"class": type(error).__name__, "message": error.message, "fields": fields}
     if isinstance(error, OSError) and error.errno is not None:
         name = error.filename and os.fsdecode(error.filename)
-        return {"class": "OSError", "errno": error.errno, "message": str(error), "filename": name}
+        return {"class": "OSError", "errno": error.errno, "message": error.strerror or str(error), "filename": name}
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     return {"class": "", "message": f"{type(error).__name__}: {error}", "fields": {"log": trace.splitlines()[-20:]}}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ Answer = tuple[Message, Mapping[str, Array]]
 
 
 def identify(context: Context) -> Answer:
-    """What this machine is, and where its TensorRT lies; asked for in a child so that the caller holds no CUDA context."""
+    """What this machine is, and where its TensorRT lies; in a child, so that the caller holds no CUDA context."""
     machine = dict(_core._machine(context.request["device"]))
     return {"machine": machine, "library": _core.library_info()["path"]}, {}
 
@@ -80,7 +80,8 @@ def build(context: Context) -> Answer:
             )
         timing = _timing_cache(network, request)  # what TensorRT says of a foreign one is no fault of the build
         context.phase("build")
-        built = network.build(request["plan"])
+        with _writing(Path(request["plan"])):
+            built = network.build(request["plan"])
         context.phase("finish")
         arrays: dict[str, Array] = {}
         if network.calibration_cache is not None:
@@ -101,6 +102,19 @@ def build(context: Context) -> Answer:
         "calibration_batches": network.calibration_batches,
         "timing_cache": timing,
     }, arrays
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Full disks and folders that cannot be written, told as such; nothing of the file is left."""
+    from ..provenance import write_error
+
+    try:
+        yield
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise write_error(error, path) from None
 
 
 def _network_input(info: Mapping[str, Any]) -> NetworkInput:
@@ -166,10 +180,14 @@ def _calibrator(context: Context, network: Any) -> None:
 
 def _timing_cache(network: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     """Starts from the file, or from nothing; without either TensorRT keeps no cache that could be stored."""
+    from ..provenance import engine_lock
+
     path = request.get("timing_cache")
     found: dict[str, Any] = {"file": path and Path(path).name, "used": False, "problem": None}
     if path is None:
         return found
+    with engine_lock(path, timeout=60):  # refuses a folder that cannot be written before the build, not after it
+        pass
     data = b""
     with contextlib.suppress(FileNotFoundError):
         data = Path(path).read_bytes()
@@ -199,8 +217,9 @@ def _store_timing_cache(network: Any, request: Mapping[str, Any]) -> str | None:
             network.combine_timing_cache(path.read_bytes())
         data: bytes = network.timing_cache() or b""
         temporary = temporary_for(path)
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        with _writing(temporary):
+            temporary.write_bytes(data)
+            temporary.replace(path)
     return hashlib.sha256(data).hexdigest()
 
 

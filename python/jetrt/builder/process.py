@@ -267,7 +267,8 @@ class _Conversation:
             "timeout": "Give it more time, or lower --opt-level.",
             "crash": "Try another --opt-level, or another TensorRT version.",
         }.get(how, "")
-        text = f"the process for {_WHAT.get(self.job, self.job)} ended after {seconds:.1f} s in phase {self.phase!r}: {what}."
+        whose = _WHAT.get(self.job, self.job)
+        text = f"the process for {whose} ended after {seconds:.1f} s in phase {self.phase!r}: {what}."
         if step:
             text += f" {step}"
         if lines:
