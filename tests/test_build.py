@@ -400,27 +400,56 @@ for options in json.loads(sys.argv[2]):
 @pytest.mark.parametrize(
     ("version", "options", "text"),
     [
-        ("10.0.1.6", {"set_flags": ["STRICT_NANS"]}, "--set STRICT_NANS=on: TensorRT 10.0.1 does not have the flag "
-         "STRICT_NANS; TensorRT 10.6 and later has it."),
-        ("10.0.1.6", {"set_flags": ["max_nb_tactics=2"]}, "--set max_nb_tactics=2: TensorRT 10.0.1 does not have the "
-         "setting max_nb_tactics; TensorRT 10.4 and later has it."),
-        ("10.3.0.26", {"set_flags": ["tiling_optimization_level=FAST"]}, "--set tiling_optimization_level=fast: "
-         "TensorRT 10.3.0 does not have the setting tiling_optimization_level; TensorRT 10.8 and later has it."),
-        ("10.3.0.26", {"set_flags": ["EDITABLE_TIMING_CACHE"]}, "--set EDITABLE_TIMING_CACHE=on: TensorRT 10.3.0 does not "
-         "have the flag EDITABLE_TIMING_CACHE; TensorRT 10.8 and later has it."),
-        ("10.6.0.26", {"set_flags": ["FP4"]}, "--set FP4=on: FP4 is not set by itself; use a model with such "
-         "QuantizeLinear/DequantizeLinear nodes, which sets it."),
-        ("10.6.0.26", {"dla_core": 0, "precision": "fp16"}, "--dla-core 0: DLA is on Jetson Xavier and Orin alone; "
-         "this machine is no Jetson with sm_90."),
-        ("10.9.0.34", {"dla_core": 0, "precision": "fp16"}, "--dla-core 0: TensorRT 10.9.0 has no DLA; TensorRT 10.0 "
-         "to 10.7 and 11.4.1 and later have it."),
-        ("11.1.0.5", {"precision": "fp16"}, "--precision fp16: TensorRT 11 has strong typing alone, so the plan "
-         "computes in the model's types, and the model is fp32. Give --precision fp32, or convert the model: "),
+        (
+            "10.0.1.6",
+            {"set_flags": ["STRICT_NANS"]},
+            "--set STRICT_NANS=on: TensorRT 10.0.1 does not have the flag STRICT_NANS; TensorRT 10.6 and later has it.",
+        ),
+        (
+            "10.0.1.6",
+            {"set_flags": ["max_nb_tactics=2"]},
+            "--set max_nb_tactics=2: TensorRT 10.0.1 does not have the "
+            "setting max_nb_tactics; TensorRT 10.4 and later has it.",
+        ),
+        (
+            "10.3.0.26",
+            {"set_flags": ["tiling_optimization_level=FAST"]},
+            "--set tiling_optimization_level=fast: "
+            "TensorRT 10.3.0 does not have the setting tiling_optimization_level; TensorRT 10.8 and later has it.",
+        ),
+        (
+            "10.3.0.26",
+            {"set_flags": ["EDITABLE_TIMING_CACHE"]},
+            "--set EDITABLE_TIMING_CACHE=on: TensorRT 10.3.0 does not "
+            "have the flag EDITABLE_TIMING_CACHE; TensorRT 10.8 and later has it.",
+        ),
+        (
+            "10.6.0.26",
+            {"set_flags": ["FP4"]},
+            "--set FP4=on: FP4 is not set by itself; use a model with such "
+            "QuantizeLinear/DequantizeLinear nodes, which sets it.",
+        ),
+        (
+            "10.6.0.26",
+            {"dla_core": 0, "precision": "fp16"},
+            "--dla-core 0: DLA is on Jetson Xavier and Orin alone; this machine is no Jetson with sm_90.",
+        ),
+        (
+            "10.9.0.34",
+            {"dla_core": 0, "precision": "fp16"},
+            "--dla-core 0: TensorRT 10.9.0 has no DLA; TensorRT 10.0 to 10.7 and 11.4.1 and later have it.",
+        ),
+        (
+            "11.1.0.5",
+            {"precision": "fp16"},
+            "--precision fp16: TensorRT 11 has strong typing alone, so the plan "
+            "computes in the model's types, and the model is fp32. Give --precision fp32, or convert the model: ",
+        ),
         ("11.1.0.5", {"precision": "mixed"}, "--precision mixed: TensorRT 11 has strong typing alone"),
         ("10.3.0.26", {"precision": "fp16"}, "built 10.3.0.26 FP16 TF32"),
         ("10.9.0.34", {"hardware_compatibility": "same_compute_capability"}, "built 10.9.0.34"),
     ],
-)  # fmt: skip
+)
 def test_other_versions(tmp_path: Path, version: str, options: dict[str, Any], text: str) -> None:
     done = fakes.run_python(ASKED, str(tmp_path), json.dumps([options]), version=version)
     assert done.stdout.startswith(text)

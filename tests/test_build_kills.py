@@ -1,4 +1,4 @@
-"""`jetrt build` that is killed at random moments: what has the plan's name afterwards is whole, or refused, or nothing."""
+"""`jetrt build` killed at random moments: what has the plan's name afterwards is whole, or refused, or nothing."""
 
 from __future__ import annotations
 

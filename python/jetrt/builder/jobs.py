@@ -223,7 +223,7 @@ def _store_timing_cache(network: Any, request: Mapping[str, Any]) -> str | None:
     return hashlib.sha256(data).hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------------------- running
+# -------------------------------------------------------------------------------------------------------------- running
 
 
 def _cases(context: Context) -> list[dict[str, Array]]:
