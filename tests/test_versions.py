@@ -101,3 +101,28 @@ print(jetrt.Engine(sys.argv[1]).tensorrt_version.split(".")[0])
         plan = fakes.write_plan(tmp_path / "a.plan", version=version)
         done = fakes.run_python(code, str(plan), version=version, env={"JETRT_TENSORRT_PATH": folder})
         assert done.stdout.strip() == str(fakes.major(version))
+
+
+@pytest.mark.parametrize(("version", "known"), [("10.6.0.26", False), ("10.14.1.48", True), ("11.1.0.106", True)])
+def test_a_stripped_plan_without_a_manifest(tmp_path: Path, version: str, known: bool) -> None:
+    """From 10.14 the library itself tells that a plan has no weights; before, only the manifest does."""
+    code = """
+import sys
+from pathlib import Path
+import fakes, jetrt
+folder = Path(sys.argv[1])
+onnx = fakes.onnx_model(folder / "m.onnx")
+typed = {"strongly_typed": True} if sys.argv[2] == "11" else {}
+shapes = {"min": "x:1x64", "opt": "x:8x64", "max": "x:64x64"}
+plan = jetrt.build(onnx, folder / "m.engine", strip_plan=True, parity=False, progress="none", **typed, **shapes).path
+Path(f"{plan}.json").unlink()
+jetrt.Engine(plan, refit=onnx).close()
+print(jetrt.Engine(plan, verify="off").load_report["warnings"])
+try:
+    jetrt.Engine(plan)
+except jetrt.errors.PlanError as error:
+    print(error)
+"""
+    done = fakes.run_python(code, str(tmp_path), str(fakes.major(version)), version=version)
+    assert ("this plan was built without" in done.stdout) is known, done.stdout
+    assert done.stdout.count("bytes of weights (kSTRIP_PLAN)") == (2 if known else 0)

@@ -149,8 +149,13 @@ impl Engine {
         let lines = crate::log::TENSORRT.since(mark);
         let object = Object::new(made?).ok_or_else(|| not_deserialised(plan, lib, device, lines.clone()))?;
         report.warnings = lines;
-        if let Some(onnx) = request.refit {
-            refit(lib, &object, onnx).map_err(|e| e.context(plan.path.display()))?;
+        match request.refit {
+            Some(onnx) => refit(lib, &object, onnx).map_err(|e| e.context(plan.path.display()))?,
+            None => match stripped(lib, &object)? {
+                0 => {}
+                bytes if request.verify => return Err(without_weights(plan, bytes)),
+                bytes => report.warnings.push(without_weights(plan, bytes).message().to_owned()),
+            },
         }
         if let Some(bytes) = request.weight_streaming_budget {
             stream_weights(lib, &object, bytes).map_err(|e| e.context(plan.path.display()))?;
@@ -304,6 +309,35 @@ impl Engine {
         let what = format!("{} for lack of memory ({} bytes of scratch space)", e.message(), self.device_memory);
         out_of_memory(self.device, &what, self.device_memory).with_log(lines)
     }
+}
+
+/// Bytes of weights that a plan was built without; 0 where this version cannot tell (before 10.14).
+fn stripped(lib: &Library, engine: &Object) -> Result<i64> {
+    if !lib.has(&slot::GET_ENGINE_STAT) {
+        return Ok(0);
+    }
+    // SAFETY: VCudaEngine::getEngineStat(EngineStat).
+    unsafe {
+        call!(
+            lib,
+            engine,
+            slot::GET_ENGINE_STAT,
+            fn(i32) -> i64,
+            abi::engine_stat::STRIPPED_WEIGHTS_SIZE
+        )
+    }
+    .map(|bytes| bytes.max(0))
+}
+
+fn without_weights(plan: &PlanFile, bytes: i64) -> Error {
+    let path = plan.path.display();
+    Error::new(
+        Kind::Plan,
+        format!("{path}: this plan was built without {bytes} bytes of weights (kSTRIP_PLAN) and computes nonsense until it is refitted. Load it with its model: refit=\"model.onnx\"."),
+    )
+    .with("path", path.to_string())
+    .with("found", "a stripped plan")
+    .with("allowed", "refit=\"model.onnx\"")
 }
 
 fn refit(lib: &'static Library, engine: &Object, onnx: &Path) -> Result<()> {

@@ -70,6 +70,13 @@ def ranges(found: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     return tuple(map(min, columns)), tuple(found[0]), tuple(map(max, columns))
 
 
+def of_every_run(runs: Sequence[Arrays], name: str) -> list[np.ndarray]:
+    """The parser makes an input of the network of what the body of a Loop takes; the model has none of that name."""
+    if any(name not in run for run in runs):
+        raise Refused("shape", f"the network has an input {name!r} that the model has not")
+    return [run[name] for run in runs]
+
+
 class TensorRT:
     """What both have in common: how a case ends."""
 
@@ -168,7 +175,7 @@ class Binding(TensorRT):
         needed = False
         try:
             for tensor in (network.get_input(i) for i in range(network.num_inputs)):
-                found = [run[tensor.name] for run in runs]
+                found = of_every_run(runs, tensor.name)
                 if tensor.is_shape_tensor:
                     profile.set_shape_input(tensor.name, *ranges([a.ravel().tolist() for a in found]))
                     needed = True
@@ -305,7 +312,7 @@ class Jetrt(TensorRT):
         network.set_option("builder_optimization_level", LEVEL)
         shapes, values = {}, {}
         for info in network.inputs:
-            found = [run[info["name"]] for run in runs]
+            found = of_every_run(runs, info["name"])
             if info["shape_tensor"]:
                 values[info["name"]] = ranges([a.ravel().tolist() for a in found])
             if -1 in info["shape"]:
