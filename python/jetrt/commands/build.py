@@ -22,6 +22,8 @@ def add_build(parser: argparse.ArgumentParser) -> None:
 def run_build(arguments: argparse.Namespace) -> None:
     """Build a plan from an ONNX file, check it, and write it with a checksum and a manifest."""
     for target in targets(arguments):
+        if arguments.mode == "full_pipeline" and target.engine is not None:
+            target.engine.parent.mkdir(parents=True, exist_ok=True)
         with reporter(arguments.progress) as shown:
             for note in target.notes:
                 shown.note(note)

@@ -125,7 +125,8 @@ def run_stamp(arguments: argparse.Namespace) -> None:
     )
     with engine_lock(plan, timeout=60):
         publish(None, plan, manifest)
-    print(f"{Manifest.path_for(plan)} and {plan}.sha256 are written: it ran here on {len(cases)} sets of inputs.")
+    sets = f"{len(cases)} set{'s' if len(cases) != 1 else ''}"
+    print(f"{Manifest.path_for(plan)} and {plan}.sha256 are written: it ran here on {sets} of inputs.")
 
 
 def _source(reference: str | None, model: OnnxFile | None) -> dict[str, Any] | None:
