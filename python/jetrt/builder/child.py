@@ -149,11 +149,11 @@ def main() -> None:
     thread.start()
     while thread.is_alive():
         thread.join(0.05)
-    message, arrays = done[0]
+    message, found = done[0]
     memory = MemoryWatch(os.getpid())
     memory.sample(share=False)
     with contextlib.suppress(BrokenPipeError):
-        link.send({**message, "peak": memory.peak_resident}, arrays)
+        link.send({**message, "peak": memory.peak_resident}, found)
     # What is left is TensorRT's teardown, which frees what the kernel frees as well.
     sys.stdout.flush()
     os._exit(0)

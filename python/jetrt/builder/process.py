@@ -248,7 +248,7 @@ class _Conversation:
         room = "" if least is None else f"; at the least {least >> 20} MiB of the machine's memory were available"
         if code >= 0:
             return self._died("crash", f"it ended with status {code} before it had answered", None)
-        name = signal.Signals(-code).name if -code in iter(signal.Signals) else f"signal {-code}"
+        name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
         if -code == signal.SIGKILL:
             if _oom_kills() > self.oom_kills:
                 return self._died("out of memory", f"the kernel killed it for lack of memory{room}", -code)
