@@ -253,9 +253,9 @@ class Started:
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[Started]:
     one = Started(tmp_path)
-    yield one
-    one.process.kill()
-    one.process.communicate()
+    with one.process:
+        yield one
+        one.process.kill()
 
 
 @pytest.mark.parametrize("group", [False, True], ids=["the process", "its group, as a terminal does"])
@@ -289,7 +289,7 @@ def test_ctrl_c_where_tensorrt_does_not_listen(tmp_path: Path, monkeypatch: pyte
 
 def test_the_child_dies_with_its_parent(tmp_path: Path, started: Started) -> None:
     started.process.kill()
-    started.process.communicate()
+    started.process.wait()
     until = time.monotonic() + SECONDS
     while running(started.child) and time.monotonic() < until:
         time.sleep(0.01)
