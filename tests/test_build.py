@@ -371,6 +371,16 @@ END = r"\. A plan built now would not be the one that was asked for\."
             f"hardware_compatibility_level: set to 1, and TensorRT kept 0{END}",
         ),
         ("profile", {}, r"profile of 'x': min \[1, 64\] was refused"),
+        (
+            "setPrecision",
+            {"precision": "fp16", "fp32_patterns": "/product"},
+            f"precision of layer 0: set to true, and TensorRT kept false{END}",
+        ),
+        (
+            "setOutputType",
+            {"precision": "fp16", "fp32_patterns": "/product"},
+            f"type of output 0 of layer 0: set to true, and TensorRT kept false{END}",
+        ),
     ],
 )
 def test_a_setter_that_does_not_take(

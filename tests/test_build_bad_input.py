@@ -128,9 +128,7 @@ def test_an_opset_that_is_too_new(tmp_path: Path, build: Build) -> None:
 
 # Any change may leave a model that builds; what must not be is another exception, a crash of this process, or rests.
 def test_hostile_models(tmp_path: Path, build: Build) -> None:
-    seed = random.SystemRandom().randrange(1 << 32)
-    print("seed", seed)
-    generator = random.Random(seed)
+    generator = random.Random(20)
     refused = []
     for _ in range(25):
         data = bytearray(MODEL)
@@ -212,7 +210,7 @@ def test_folders_that_take_no_plan(tmp_path: Path, build: Build) -> None:
     with pytest.raises(BuildOptionError, match=r"the name has 300 bytes and may have \d+\. Give another --engine\."):
         build(engine="x" * 300)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(EngineBuildError, match=r"folder is there already and has no manifest, so that nothing says"):
+    with pytest.raises(EngineBuildError, match=r"folder is there already and is no file: nothing is put in its place"):
         build(engine="folder")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(EngineBuildError, match=r"Give another --engine, or replace it with --overwrite"):

@@ -294,6 +294,8 @@ class _Decisions:
             )
         # Without it TensorRT may take the precision of a layer for a wish.
         self.flag("OBEY_PRECISION_CONSTRAINTS", option)
+        # "fp32" is not TF32 here either, and TensorRT allows it by default.
+        self.flag("TF32", option, False)
 
     # --- where it runs
 

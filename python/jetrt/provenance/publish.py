@@ -96,7 +96,11 @@ def _try_lock(lock: Path) -> int | None:
             if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
                 os.ftruncate(fd, 0)
                 since = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-                os.pwrite(fd, json.dumps({"pid": os.getpid(), "since": since}).encode(), 0)
+                try:
+                    os.pwrite(fd, json.dumps({"pid": os.getpid(), "since": since}).encode(), 0)
+                except OSError:
+                    lock.unlink()  # held here, so it is ours to remove
+                    raise
                 held, fd = fd, None
                 return held
     except BlockingIOError:
@@ -284,6 +288,11 @@ def existing(
     final = Path(final)
     if not final.exists():
         return "absent"
+    if not final.is_file():
+        raise EngineBuildError(
+            f"{final} is there already and is no file: nothing is put in its place. Give another --engine.",
+            path=str(final),
+        )
     advice = "Give another --engine, or replace it with --overwrite (overwrite=True)."
     try:
         manifest = Manifest.read(final)

@@ -161,9 +161,11 @@ impl Builder {
         let lib = self.lib;
         let layer = self.layer(index)?;
         let what = format!("precision of layer {index}");
-        // SAFETY: VLayer::setPrecision(DataType), getPrecision(), setOutputType(int32_t, DataType), getOutputType(int32_t).
+        // SAFETY: VLayer::setPrecision(DataType), precisionIsSet(), getPrecision(), setOutputType(int32_t, DataType),
+        // outputTypeIsSet(int32_t), getOutputType(int32_t). The getters answer float32 where nothing is set.
         unsafe {
             call!(lib, layer, layer_slot::SET_PRECISION, fn(i32) -> (), dtype.code())?;
+            took(&what, true, call!(lib, layer, layer_slot::PRECISION_IS_SET, fn() -> bool)?)?;
             took(&what, dtype.code(), call!(lib, layer, layer_slot::GET_PRECISION, fn() -> i32)?)?;
             for (i, t) in self.layer_tensors(layer, false)?.into_iter().enumerate() {
                 let floating = matches!(DType::from_trt(self.tensor_type(t)?), Some(DType::F32 | DType::F16 | DType::Bf16));
@@ -172,6 +174,11 @@ impl Builder {
                 }
                 let i = i as i32;
                 call!(lib, layer, layer_slot::SET_OUTPUT_TYPE, fn(i32, i32) -> (), i, dtype.code())?;
+                took(
+                    &format!("type of output {i} of layer {index}"),
+                    true,
+                    call!(lib, layer, layer_slot::OUTPUT_TYPE_IS_SET, fn(i32) -> bool, i)?,
+                )?;
                 took(
                     &format!("type of output {i} of layer {index}"),
                     dtype.code(),
