@@ -37,9 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jetrt", description="Build, run and judge TensorRT plans.")
     parser.add_argument("--version", action="store_true", help="print the version and how it was built")
     commands = parser.add_subparsers(metavar="COMMAND")
-    for name, help in _COMMANDS.items():
+    for name, does in _COMMANDS.items():
         module = importlib.import_module(f".commands.{name}", __package__)
-        getattr(module, f"add_{name}")(commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}."))
+        described = commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
+        getattr(module, f"add_{name}")(described)
     arguments = parser.parse_args(argv)
     if arguments.version:
         print(version_text())
