@@ -50,6 +50,10 @@ for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
         builds(line.strip())
+    try:
+        os.setpgid(pid, pid)  # here too: whoever is told of it may kill the group at once
+    except OSError:
+        pass
     print(pid, flush=True)
     sys.stdin.readline()
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
@@ -72,7 +76,9 @@ class Builder:
     def __enter__(self) -> Builder:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self.process.kill()
         self.process.communicate(timeout=30)
 
     def _ask(self, line: str) -> int:

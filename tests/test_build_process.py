@@ -322,7 +322,7 @@ def faked(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
     popen = subprocess.Popen
 
     def start(command: list[str], **more: Any) -> subprocess.Popen[bytes]:
-        return popen([sys.executable, str(script), *command[3:]], **more)
+        return popen([sys.executable, str(script), *command[4:]], **more)
 
     monkeypatch.setattr(process.subprocess, "Popen", start)
 

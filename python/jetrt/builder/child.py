@@ -1,4 +1,4 @@
-"""The process that builds and tries plans: `python -m jetrt.builder.child`, started by `process` and by nothing else.
+"""The process that builds and tries plans; started by `process` and by nothing else.
 
 A fresh interpreter for each job: a crash or a lack of memory ends it and nothing else, and all memory returns with it.
 It reads one request, answers with events, and ends with a result or an error.

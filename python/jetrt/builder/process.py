@@ -86,11 +86,20 @@ class _Child:
     reader: threading.Thread
 
 
+#: Where this very package lies; a child that would not find it by itself finds it last.
+_PACKAGE = str(Path(__file__).absolute().parents[2])
+#: Without the working folder, in which any file could pass for a module.
+_START = (
+    "import sys; sys.path[:] = filter(None, sys.path); package = sys.argv.pop(1); "
+    "package in sys.path or sys.path.append(package); from jetrt.builder.child import main; main()"
+)
+
+
 @contextlib.contextmanager
 def _started(library: str | None, environment: Mapping[str, str] | None) -> Iterator[_Child]:
     here, theirs = os.pipe()
     their_input, ours = os.pipe()
-    command = [sys.executable, "-m", "jetrt.builder.child", str(their_input), str(theirs), str(os.getpid())]
+    command = [sys.executable, "-c", _START, _PACKAGE, str(their_input), str(theirs), str(os.getpid())]
     process = None
     try:
         process = subprocess.Popen(
@@ -136,10 +145,6 @@ def _started(library: str | None, environment: Mapping[str, str] | None) -> Iter
 
 def _environment(library: str | None, more: Mapping[str, str] | None) -> dict[str, str]:
     found = dict(os.environ)
-    # The child finds the very package that this process runs.
-    package = str(Path(__file__).absolute().parents[2])
-    paths = [entry for entry in found.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != package]
-    found["PYTHONPATH"] = os.pathsep.join([package, *paths])
     found["PYTHONUNBUFFERED"] = "1"
     # Python gets TensorRT's lines when a call returns, too late for the last ones before a crash.
     found["JETRT_LOG_STDERR"] = "1"
