@@ -89,8 +89,10 @@ def _dtype(name: str) -> np.dtype[Any]:
     try:
         kind = np.dtype(name)
     except TypeError:
-        import ml_dtypes
-
+        try:
+            import ml_dtypes
+        except ImportError as error:
+            raise ValueError(f"arrays of {name} need the package ml_dtypes: pip install 'jetrt[build]'") from error
         kind = np.dtype(getattr(ml_dtypes, name))
     if kind.hasobject or kind.itemsize == 0:
         raise ValueError(f"arrays of {name} are not sent")
