@@ -297,15 +297,7 @@ impl EngineBase {
             sets.push(self.inputs_of(&set?)?);
         }
         for set in sets {
-            let a = Arguments {
-                inputs: set.iter().map(|o| o.as_ref().map(Bound::as_borrowed)).collect(),
-                stream: stream.map(Bound::as_borrowed),
-                timeout: self.timeout,
-                ..Arguments::default()
-            };
-            if let Some(k) = a.inputs.iter().position(Option::is_none) {
-                return Err(self.missing(k));
-            }
+            let a = self.arguments(&set, stream)?;
             let read = self.read_inputs(py, &a)?;
             let call = Call {
                 inputs: &read.views,
@@ -459,15 +451,7 @@ impl EngineBase {
         stream: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Vec<Vec<(String, f32)>>> {
         let objects = self.inputs_of(inputs)?;
-        let a = Arguments {
-            inputs: objects.iter().map(|o| o.as_ref().map(Bound::as_borrowed)).collect(),
-            stream: stream.map(Bound::as_borrowed),
-            timeout: self.timeout,
-            ..Arguments::default()
-        };
-        if let Some(k) = a.inputs.iter().position(Option::is_none) {
-            return Err(self.missing(k));
-        }
+        let a = self.arguments(&objects, stream)?;
         let read = self.read_inputs(py, &a)?;
         let call = Call {
             inputs: &read.views,
@@ -559,6 +543,23 @@ impl EngineBase {
             d.set_item(&self.io()[i].name, TensorInfo { io: self.io()[i].clone() })?;
         }
         Ok(d)
+    }
+
+    /// Inputs in engine order as the arguments of a call; every one must be there.
+    fn arguments<'a, 'py>(
+        &self,
+        objects: &'a [Option<Bound<'py, PyAny>>],
+        stream: Option<&'a Bound<'py, PyAny>>,
+    ) -> PyResult<Arguments<'a, 'py>> {
+        if let Some(k) = objects.iter().position(Option::is_none) {
+            return Err(self.missing(k));
+        }
+        Ok(Arguments {
+            inputs: objects.iter().map(|o| o.as_ref().map(Bound::as_borrowed)).collect(),
+            stream: stream.map(Bound::as_borrowed),
+            timeout: self.timeout,
+            ..Arguments::default()
+        })
     }
 
     /// A mapping or sequence of inputs, in engine order.

@@ -63,7 +63,7 @@ def build(context: Context) -> Answer:
         problems = network.parse(request["onnx"], flags=list(config["parser_flags"]))
         if problems:
             raise ModelError(problems_text(request["onnx"], problems), path=request["onnx"], problems=problems)
-        inputs = [_network_input(info) for info in network.inputs]
+        inputs = [NetworkInput.from_mapping(info) for info in network.inputs]
         profiles = resolve(inputs, options.hints())
         layers = network.layers
         context.phase("configure")
@@ -115,11 +115,6 @@ def _writing(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.unlink()
         raise write_error(error, path) from None
-
-
-def _network_input(info: Mapping[str, Any]) -> NetworkInput:
-    names = tuple(info["dimension_names"])
-    return NetworkInput(info["name"], info["dtype"], tuple(info["shape"]), info["shape_tensor"], names)
 
 
 def _configure(

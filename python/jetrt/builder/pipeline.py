@@ -24,7 +24,6 @@ from ..provenance import (
     EngineFile,
     EngineFilenameSchema,
     Manifest,
-    Parity,
     build_once,
     key_of,
     temporary_for,
@@ -54,6 +53,7 @@ from .trying import (
     network_inputs,
     outputs_of,
     packed,
+    parity_record,
     reference_outputs,
     tensors,
     tried,
@@ -406,7 +406,6 @@ class _Build:
             parity.gate(report, allow_not_run=not options.strict)
             if report.state == "not run":
                 self.note(f"parity was NOT checked: {report.reason}")
-        compared = report.to_mapping()
         timing = answer.result["timing_cache"]
         return Manifest(
             jetrt=_core.build_info()["version"],
@@ -435,7 +434,7 @@ class _Build:
             ),
             levels=None if table is None else table.to_mapping(),
             audit=None if audited is None else audited.to_mapping(),
-            parity=Parity(**{**compared, "cases": tuple(compared["cases"])}),
+            parity=parity_record(report),
         )
 
     def _audit(self, found: Answer | None) -> Audit | None:

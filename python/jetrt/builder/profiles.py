@@ -52,6 +52,12 @@ class NetworkInput:
     #: One for each axis; ``None`` where the model gives no name. May be empty.
     dimension_names: tuple[str | None, ...] = ()
 
+    @classmethod
+    def from_mapping(cls, info: Mapping[str, Any]) -> NetworkInput:
+        """From what `_core._Network.inputs` tells of one."""
+        names = tuple(info["dimension_names"])
+        return cls(info["name"], info["dtype"], tuple(info["shape"]), info["shape_tensor"], names)
+
     def key(self, axis: int) -> Key:
         name = self.dimension_names[axis] if axis < len(self.dimension_names) else None
         return name or (self.name, axis)

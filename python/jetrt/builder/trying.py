@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import known_failures
 from ..errors import BuildOptionError, EngineDeserializeError, JetrtError
-from ..provenance import FileHash, Machine, ModelFile, Tensor
+from ..provenance import FileHash, Machine, ModelFile, Parity, Tensor
 from . import parity
 from .arrays import Array, dtype_name, to_bfloat16, widened
 from .cases import Case
@@ -32,6 +32,7 @@ __all__ = [
     "network_inputs",
     "outputs_of",
     "packed",
+    "parity_record",
     "reference_outputs",
     "tensors",
     "tried",
@@ -183,12 +184,13 @@ def outputs_of(answer: Answer, count: int) -> list[dict[str, Array]]:
 
 def network_inputs(answer: Answer) -> list[NetworkInput]:
     """Of the answer of a build."""
-    return [
-        NetworkInput(
-            info["name"], info["dtype"], tuple(info["shape"]), info["shape_tensor"], tuple(info["dimension_names"])
-        )
-        for info in answer.result["inputs"]
-    ]
+    return [NetworkInput.from_mapping(info) for info in answer.result["inputs"]]
+
+
+def parity_record(report: parity.ParityReport) -> Parity:
+    """As a manifest keeps it."""
+    stored = report.to_mapping()
+    return Parity(**{**stored, "cases": tuple(stored["cases"])})
 
 
 def tensors(rows: Iterable[Mapping[str, Any]]) -> tuple[Tensor, ...]:

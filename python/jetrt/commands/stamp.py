@@ -26,12 +26,13 @@ from ..builder.trying import (
     layer_times,
     model_file,
     outputs_of,
+    parity_record,
     reference_outputs,
     tensors,
     tried,
 )
 from ..errors import BuildOptionError, EngineBuildError
-from ..provenance import EngineFile, Manifest, Parity, engine_lock, publish
+from ..provenance import EngineFile, Manifest, engine_lock, publish
 
 __all__ = ["add_stamp", "run_stamp"]
 
@@ -105,7 +106,6 @@ def run_stamp(arguments: argparse.Namespace) -> None:
                     path=str(plan),
                 )
     audited = audit(found.result["inspector"], layer_times(found.result["layer_times"]), arguments.precision)
-    stored = report.to_mapping()
     engine = EngineFile.of(plan)
     manifest = Manifest(
         jetrt=_core.build_info()["version"],
@@ -121,7 +121,7 @@ def run_stamp(arguments: argparse.Namespace) -> None:
         outputs=tensors(tables["outputs"]),
         profiles=tuple(profile.to_mapping() for profile in profiles),
         audit=audited.to_mapping(),
-        parity=Parity(**{**stored, "cases": tuple(stored["cases"])}),
+        parity=parity_record(report),
     )
     with engine_lock(plan, timeout=60):
         publish(None, plan, manifest)

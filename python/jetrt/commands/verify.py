@@ -19,9 +19,9 @@ from ..builder.profiles import NetworkInput, Profile
 from ..builder.progress import Reporter, reporter
 from ..builder.reference import from_text
 from ..builder.thresholds import Thresholds
-from ..builder.trying import NoReferenceError, compare, identify, reference_outputs, tried
+from ..builder.trying import NoReferenceError, compare, identify, parity_record, reference_outputs, tried
 from ..errors import BuildOptionError, ManifestError
-from ..provenance import Manifest, Parity, Sha256Sidecar, check_before_load, engine_lock, publish
+from ..provenance import Manifest, Sha256Sidecar, check_before_load, engine_lock, publish
 
 __all__ = ["add_verify", "run_verify", "verified"]
 
@@ -173,6 +173,5 @@ def _cases(manifest: Manifest, inputs: Path | str | None, seed: int) -> list[Cas
 
 
 def _store(plan: Path, manifest: Manifest, report: parity.ParityReport) -> None:
-    stored = report.to_mapping()
     with engine_lock(plan, timeout=60):
-        publish(None, plan, replace(manifest, parity=Parity(**{**stored, "cases": tuple(stored["cases"])})))
+        publish(None, plan, replace(manifest, parity=parity_record(report)))

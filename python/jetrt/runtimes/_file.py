@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from ..errors import EngineDeserializeError, InferenceError, TelemetryUnavailableError
+from ..provenance import sha256_of
 from ..runtime import BuildConfig, EngineCacheEntry, EngineHandle, InferenceRuntime, Model
 
 if TYPE_CHECKING:
@@ -86,11 +86,3 @@ class FileRuntime(InferenceRuntime):
             versions=dict(versions),
             build_config=build_config,
         )
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -195,21 +195,35 @@ impl Builder {
         })
     }
 
-    /// Gives the builder tactic timings of earlier builds; false when they are of another library or GPU and were refused.
-    pub fn set_timing_cache(&mut self, data: &[u8], ignore_mismatch: bool) -> Result<bool> {
-        let lib = self.lib;
+    fn read_timing_cache(&self, data: &[u8]) -> Result<Object> {
         let mark = crate::log::TENSORRT.mark();
-        // SAFETY: VBuilderConfig::createTimingCache(const void*, uint64_t), which copies, and setTimingCache(const ITimingCache&, bool).
-        unsafe {
-            let made = call!(
-                lib,
+        // SAFETY: VBuilderConfig::createTimingCache(const void*, uint64_t), which copies.
+        let made = unsafe {
+            call!(
+                self.lib,
                 self.config,
                 config_slot::CREATE_TIMING_CACHE,
                 fn(*const c_void, u64) -> *mut c_void,
                 data.as_ptr().cast(),
                 data.len() as u64
-            )?;
-            let cache = Object::new(made).ok_or_else(|| refused("TensorRT could not read the timing cache", mark))?;
+            )
+        }?;
+        Object::new(made).ok_or_else(|| refused("TensorRT could not read the timing cache", mark))
+    }
+
+    /// The configuration owns it.
+    fn used_timing_cache(&self) -> Result<Option<Handle>> {
+        // SAFETY: VBuilderConfig::getTimingCache().
+        let cache = unsafe { call!(self.lib, self.config, config_slot::GET_TIMING_CACHE, fn() -> *mut c_void) }?;
+        Ok(Handle::new(cache))
+    }
+
+    /// Gives the builder tactic timings of earlier builds; false when they are of another library or GPU and were refused.
+    pub fn set_timing_cache(&mut self, data: &[u8], ignore_mismatch: bool) -> Result<bool> {
+        let lib = self.lib;
+        // SAFETY: VBuilderConfig::setTimingCache(const ITimingCache&, bool); the field keeps what it took.
+        unsafe {
+            let cache = self.read_timing_cache(data)?;
             let ok = call!(
                 lib,
                 self.config,
@@ -228,22 +242,12 @@ impl Builder {
     /// Adds the timings of another cache to the one in use. False when it is of another library or GPU, or there is none in use.
     pub fn combine_timing_cache(&self, data: &[u8]) -> Result<bool> {
         let lib = self.lib;
-        let mark = crate::log::TENSORRT.mark();
-        // SAFETY: as in `set_timing_cache`; VTimingCache::combine(const ITimingCache&, bool) on the configuration's cache.
+        // SAFETY: VTimingCache::combine(const ITimingCache&, bool) on the configuration's cache.
         unsafe {
-            let cache = call!(lib, self.config, config_slot::GET_TIMING_CACHE, fn() -> *mut c_void)?;
-            let Some(cache) = Handle::new(cache) else {
+            let Some(cache) = self.used_timing_cache()? else {
                 return Ok(false);
             };
-            let made = call!(
-                lib,
-                self.config,
-                config_slot::CREATE_TIMING_CACHE,
-                fn(*const c_void, u64) -> *mut c_void,
-                data.as_ptr().cast(),
-                data.len() as u64
-            )?;
-            let other = Object::new(made).ok_or_else(|| refused("TensorRT could not read the timing cache", mark))?;
+            let other = self.read_timing_cache(data)?;
             call!(
                 lib,
                 cache,
@@ -258,10 +262,9 @@ impl Builder {
     /// The timing cache as it is now; `None` when there is none.
     pub fn timing_cache(&self) -> Result<Option<Vec<u8>>> {
         let lib = self.lib;
-        // SAFETY: VBuilderConfig::getTimingCache(), owned by the configuration; VTimingCache::serialize() gives an object of ours.
+        // SAFETY: VTimingCache::serialize() gives an object of ours.
         unsafe {
-            let cache = call!(lib, self.config, config_slot::GET_TIMING_CACHE, fn() -> *mut c_void)?;
-            let Some(cache) = Handle::new(cache) else {
+            let Some(cache) = self.used_timing_cache()? else {
                 return Ok(None);
             };
             let data = call!(lib, cache, timing_cache::SERIALIZE, fn() -> *mut c_void)?;
