@@ -136,7 +136,6 @@ def auto(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     detection, _ = workloads.ocr_models()
     model = options.auto_model or detection
     flags = ["--precision", "fp16", "--timing-cache", str(work / "timing.cache"), "--opt-level", "auto"]
-    flags += ["--levels-timeout", str(options.levels_timeout)]
     shapes = ((1, 3, 64, 64), (4, 3, 64, 64), (16, 3, 64, 64)) if options.auto_model else workloads.DETECTION_SHAPES
     return {"auto": command(model, work / "auto.engine", *flags, *profile_flags(shapes))}
 
@@ -214,7 +213,6 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="builds at a time in ocr; more than 1 disturbs their times")
     parser.add_argument("--level", type=int, metavar="N", help="optimisation level of ocr and cost (TensorRT's own)")
     parser.add_argument("--auto-model", type=Path, metavar="FILE.onnx", help="x: float32 [B,3,64,64] (detection)")
-    parser.add_argument("--levels-timeout", type=int, default=3600, metavar="SECONDS", help="for all levels of auto")
     parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAMES")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

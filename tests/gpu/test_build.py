@@ -1,12 +1,8 @@
-"""Builds on a real TensorRT: needs its builder (libnvinfer_builder_resource) and parser beside libnvinfer.
-
-JETRT_TEST_TIMING_CACHE names a timing cache that spares the minutes of the large models, and is extended.
-"""
+"""Builds on a real TensorRT: needs its builder (libnvinfer_builder_resource) and parser beside libnvinfer."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,14 +146,13 @@ def test_the_text_of_a_page_is_the_same_in_fp32_and_fp16(tmp_path: Path) -> None
     import workloads
 
     detection, recognition = workloads.ocr_models()
-    cache = os.environ.get("JETRT_TEST_TIMING_CACHE", str(tmp_path / "timing.cache"))
     texts = {}
     for precision in ("fp32", "fp16"):
         engines = []
         for onnx, shapes in ((detection, workloads.DETECTION_SHAPES), (recognition, workloads.RECOGNITION_SHAPES)):
             bounds = dict(zip(("min", "opt", "max"), map(text, shapes), strict=True))
             plan = tmp_path / f"{onnx.stem}_{precision}.engine"
-            more = {"opt_level": 2, "timing_cache": cache, "progress": "none"}
+            more = {"opt_level": 2, "timing_cache": str(tmp_path / "timing.cache"), "progress": "none"}
             jetrt.build(onnx, plan, precision=precision, **bounds, **more)
             engines.append(workloads.function(jetrt.Engine(plan, graphs="off")))
         page, _ = workloads.demo_page()
