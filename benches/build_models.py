@@ -120,24 +120,36 @@ def ocr(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def dit(work: Path, _: argparse.Namespace) -> dict[str, Any]:
+def dit_model(work: Path) -> tuple[Path, list[str], dict[str, Any]]:
+    """The DiT's file, the flags of its build, and min, opt and max by input."""
     model = workloads.Dit(layers=2)
     onnx = work / "dit.onnx"
     model.write(onnx)
-    words = ["--strongly-typed"]
+    words, profile = ["--strongly-typed"], {}
     for bound, length in zip(("--min", "--opt", "--max"), model.lengths, strict=True):
-        shapes = [f"{name}:{'x'.join(map(str, shape))}" for name, shape in model.shapes(length).items()]
-        words += [bound, ",".join(shapes)]
-    return {"dit_2_layers": command(onnx, work / "dit.engine", *words)}
+        words += [
+            bound,
+            ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in model.shapes(length).items()),
+        ]
+        for name, shape in model.shapes(length).items():
+            profile.setdefault(name, []).append(shape)
+    return onnx, words, profile
+
+
+def dit(work: Path, _: argparse.Namespace) -> dict[str, Any]:
+    onnx, flags, _ = dit_model(work)
+    return {"dit_2_layers": command(onnx, work / "dit.engine", *flags)}
 
 
 def auto(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What auto picks, and whether it is ever slower than the default level."""
-    detection, _ = workloads.ocr_models()
-    model = options.auto_model or detection
-    flags = ["--precision", "fp16", "--timing-cache", str(work / "timing.cache"), "--opt-level", "auto"]
-    shapes = ((1, 3, 64, 64), (4, 3, 64, 64), (16, 3, 64, 64)) if options.auto_model else workloads.DETECTION_SHAPES
-    return {"auto": command(model, work / "auto.engine", *flags, *profile_flags(shapes))}
+    if options.auto_model:
+        model, name = options.auto_model, options.auto_model.stem
+        flags = ["--precision", "fp16", *profile_flags(((1, 3, 64, 64), (4, 3, 64, 64), (16, 3, 64, 64)))]
+    else:
+        (model, flags, _), name = dit_model(work), "dit_2_layers"
+    flags += ["--timing-cache", str(work / "timing.cache"), "--opt-level", "auto"]
+    return {f"auto_{name}": command(model, work / "auto.engine", *flags)}
 
 
 BINDING = """
@@ -145,15 +157,17 @@ import sys, time, json, resource
 import tensorrt_bindings as trt
 logger = trt.Logger(trt.Logger.ERROR)
 trt.init_libnvinfer_plugins(logger, "")
-onnx, plan, shapes, level = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
+onnx, plan, profiles = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 begin = time.monotonic()
-builder = trt.Builder(logger); network = builder.create_network(0); parser = trt.OnnxParser(network, logger)
+builder = trt.Builder(logger)
+network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+parser = trt.OnnxParser(network, logger)
 assert parser.parse_from_file(onnx)
 config = builder.create_builder_config()
-config.clear_flag(trt.BuilderFlag.TF32); config.set_flag(trt.BuilderFlag.FP16)
-config.builder_optimization_level = level
 config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-profile = builder.create_optimization_profile(); profile.set_shape("x", *shapes)
+profile = builder.create_optimization_profile()
+for name, shapes in profiles.items():
+    profile.set_shape(name, *shapes)
 config.add_optimization_profile(profile)
 start = time.monotonic()
 data = builder.build_serialized_network(network, config)
@@ -166,27 +180,23 @@ print(json.dumps({"build_seconds": built, "seconds": time.monotonic() - begin,
 
 def cost(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Build time and memory against NVIDIA's binding, the same model and flags, in turn."""
-    detection, _ = workloads.ocr_models()
+    onnx, flags, profile = dit_model(work)
     rounds: dict[str, list[Any]] = {"binding": [], "jetrt": [], "jetrt with parity and audit": []}
-    shapes = json.dumps(workloads.DETECTION_SHAPES)
-    for turn in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", BINDING, str(detection), str(work / "b.engine"), shapes, str(options.level or 3)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        rounds["binding"].append(json.loads(done.stdout.splitlines()[-1]))
+    for turn in range(options.rounds):
+        words = [sys.executable, "-c", BINDING, str(onnx), str(work / "b.engine"), json.dumps(profile)]
+        begin = time.monotonic()
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        wall = round(time.monotonic() - begin, 2)
+        rounds["binding"].append(json.loads(done.stdout.splitlines()[-1]) | {"wall_seconds": wall})
+        print(rounds["binding"][-1], flush=True)
         for name, more in (("jetrt", ["--no-parity", "--no-audit"]), ("jetrt with parity and audit", [])):
-            engine = work / f"cost{turn}{len(more)}.engine"
-            flags = ["--precision", "fp16", "--opt-level", str(options.level or 3)]
-            flags += [*profile_flags(workloads.DETECTION_SHAPES), *more]
-            result = command(detection, engine, *flags)
+            result = command(onnx, work / f"cost{turn}{len(more)}.engine", *flags, *more)
             build = result.get("build") or {}
             rounds[name].append(
                 {
                     "build_seconds": build.get("seconds"),
-                    "seconds": result["seconds"],
+                    "seconds": sum(build.get("phases", {}).values()),  # as the binding's: all that its process did
+                    "wall_seconds": result["seconds"],
                     "phases": build.get("phases"),
                     "peak_bytes": build.get("peak_host_bytes"),
                     "status": result["status"],
@@ -195,7 +205,7 @@ def cost(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     medians = {
         name: {
             key: statistics.median(row[key] for row in rows if row[key] is not None)
-            for key in ("build_seconds", "seconds", "peak_bytes")
+            for key in ("build_seconds", "seconds", "wall_seconds", "peak_bytes")
             if any(row[key] is not None for row in rows)
         }
         for name, rows in rounds.items()
@@ -211,8 +221,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where models and plans go")
     parser.add_argument("--out", type=Path, required=True, help="where results go")
     parser.add_argument("--jobs", type=int, default=1, help="builds at a time in ocr; more than 1 disturbs their times")
-    parser.add_argument("--level", type=int, metavar="N", help="optimisation level of ocr and cost (TensorRT's own)")
+    parser.add_argument("--level", type=int, metavar="N", help="optimisation level of ocr (TensorRT's own)")
     parser.add_argument("--auto-model", type=Path, metavar="FILE.onnx", help="x: float32 [B,3,64,64] (detection)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds of cost")
     parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAMES")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

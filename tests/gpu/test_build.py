@@ -14,7 +14,7 @@ import jetrt
 from jetrt import errors
 
 SHAPES = {"mlp": ((1, 64), (8, 64), (64, 64)), "conv": ((1, 3, 64, 64), (4, 3, 64, 64), (16, 3, 64, 64))}
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 
 def text(shape: tuple[int, ...]) -> str:
@@ -152,7 +152,7 @@ def test_the_text_of_a_page_is_the_same_in_fp32_and_fp16(tmp_path: Path) -> None
         for onnx, shapes in ((detection, workloads.DETECTION_SHAPES), (recognition, workloads.RECOGNITION_SHAPES)):
             bounds = dict(zip(("min", "opt", "max"), map(text, shapes), strict=True))
             plan = tmp_path / f"{onnx.stem}_{precision}.engine"
-            more = {"opt_level": 2, "timing_cache": str(tmp_path / "timing.cache"), "progress": "none"}
+            more = {"opt_level": 0, "progress": "none"}  # detection has 541 nodes to time: 5 minutes at level 3
             jetrt.build(onnx, plan, precision=precision, **bounds, **more)
             engines.append(workloads.function(jetrt.Engine(plan, graphs="off")))
         page, _ = workloads.demo_page()
