@@ -33,6 +33,13 @@ def profile_flags(shapes: tuple[tuple[int, ...], ...]) -> list[str]:
     return words
 
 
+def shown(text: str, *files: Path) -> str:
+    """Without the folders, which differ on every machine."""
+    for file in files:
+        text = text.replace(f"{file.parent}/", "")
+    return text
+
+
 def command(onnx: Path, engine: Path, *more: str) -> dict[str, Any]:
     """One `jetrt build`, with what it printed."""
     words = ["build", "--onnx", str(onnx), "--engine", str(engine), "--progress", "plain", *more]
@@ -40,11 +47,11 @@ def command(onnx: Path, engine: Path, *more: str) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-m", "jetrt", *words], capture_output=True, text=True, check=False)
     seconds = time.monotonic() - begin
     result: dict[str, Any] = {
-        "command": shlex.join(["jetrt", *words]),
+        "command": shown(shlex.join(["jetrt", *words]), onnx, engine),
         "status": done.returncode,
         "seconds": round(seconds, 2),
-        "output": done.stdout,
-        "messages": done.stderr[-6000:],
+        "output": shown(done.stdout, onnx, engine),
+        "messages": shown(done.stderr[-6000:], onnx, engine),
     }
     manifest = Path(f"{engine}.json")
     if done.returncode == 0 and manifest.exists():
@@ -76,6 +83,7 @@ def ocr(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     detection, recognition = workloads.ocr_models()
     sets = workloads.calibration_sets(work, count=16)
+    drawn = workloads.parity_inputs(work)
     level = ["--opt-level", str(options.level)] if options.level is not None else []
 
     def one(name: str, precision: str) -> dict[str, Any]:
@@ -92,21 +100,23 @@ def ocr(work: Path, options: argparse.Namespace) -> dict[str, Any]:
                 str(work / f"{name}.calib"),
                 "--calib-min-samples",
                 "1",
+                "--inputs",  # ranges of drawn pages clip noise, which is what the gate would make up
+                str(drawn[name]),
             ]
         engine = work / f"{name}_{precision}.engine"
         result = command(onnx, engine, *more)
-        if result["status"] != 0:  # kept for its text, though a gate refused it
-            result["without gate"] = command(onnx, engine, *more, "--no-parity")
+        if result["status"] != 0:  # kept for its figures and its text, though the gate refused it
+            result["without limits"] = command(onnx, engine, *more, "--cosine", "none", "--max-rel", "none")
         return result
 
-    pairs = [(name, precision) for precision in ("int8", "fp16", "fp32", "bf16") for name in ("rec", "det")]
+    pairs = [(name, precision) for precision in options.precisions.split(",") for name in ("rec", "det")]
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         found = list(pool.map(lambda pair: one(*pair), pairs))
     results: dict[str, Any] = {f"{name}_{p}": result for (name, p), result in zip(pairs, found, strict=True)}
-    page, drawn = workloads.demo_page()
+    page, lines = workloads.demo_page()
     characters = workloads.alphabet(recognition)
-    texts: dict[str, Any] = {"drawn": drawn}
-    for precision in ("fp32", "fp16", "bf16", "int8"):
+    texts: dict[str, Any] = {"drawn": lines}
+    for precision in options.precisions.split(","):
         try:
             detect = jetrt.Engine(work / f"det_{precision}.engine", graphs="off")
             recognise = jetrt.Engine(work / f"rec_{precision}.engine", graphs="off")
@@ -116,7 +126,8 @@ def ocr(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         except Exception as error:
             texts[precision] = f"{type(error).__name__}: {error}"
     results["texts"] = texts
-    results["fp16 reads what fp32 reads"] = texts["fp32"] == texts["fp16"]
+    if {"fp32", "fp16"} <= texts.keys():
+        results["fp16 reads what fp32 reads"] = texts["fp32"] == texts["fp16"]
     return results
 
 
@@ -223,6 +234,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="builds at a time in ocr; more than 1 disturbs their times")
     parser.add_argument("--level", type=int, metavar="N", help="optimisation level of ocr (TensorRT's own)")
     parser.add_argument("--auto-model", type=Path, metavar="FILE.onnx", help="x: float32 [B,3,64,64] (detection)")
+    parser.add_argument("--precisions", default="int8,fp16,fp32,bf16", metavar="NAMES", help="of ocr")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds of cost")
     parser.add_argument("--only", default=",".join(SECTIONS), metavar="NAMES")
     arguments = parser.parse_args()

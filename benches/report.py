@@ -1,7 +1,7 @@
-"""Writes the figures of benches/results/*.json into README.md, between its two FIGURES comments.
+"""Writes the figures of benches/results/*.json into the pages of PAGES, between two comments such as FIGURES.
 
 python benches/report.py            writes them
-python benches/report.py --check    exits 1 where README.md says something else
+python benches/report.py --check    exits 1 where a page says something else
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- FIGURES -->", "<!-- /FIGURES -->"
 ROWS = [
     ("C, enqueueV3 only", "C, `enqueueV3` only"),
     ("C, 5 shapes + 6 addresses + enqueueV3", "C, 5 shapes + 6 addresses + `enqueueV3`"),
@@ -115,19 +114,54 @@ A Python thread that ticks every {gil["period_s"] * 1e3:.1f} ms while an engine 
 """
 
 
+def accuracy() -> str:
+    found, rows = load("build_ocr"), []
+    for model, name in (("det", "detection"), ("rec", "recognition")):
+        for precision in ("fp32", "fp16", "bf16", "int8"):
+            row = found[f"{model}_{precision}"]
+            gate = "passed" if row["status"] == 0 else "refused"
+            row = row if row["status"] == 0 else row["without limits"]
+            shares = sorted(row["audit"]["shares"].items(), key=lambda share: -share[1])
+            where = ", ".join(f"{100 * part:.3g} % {kind}" for kind, part in shares)
+            cosine, most = min(o["cosine"] for o in row["outputs"]), max(o["max_rel"] for o in row["outputs"])
+            rows.append([name, precision, gate, f"{cosine:.6f}", f"{most:.2g}", where])
+    return table(["model", "precision", "gate", "cosine", "max rel", "where the time went"], rows)
+
+
+def cost() -> str:
+    medians = load("build_cost")["medians"]
+    names = {"binding": "NVIDIA's binding", "jetrt": "jetrt, `--no-parity --no-audit`"}
+    keys = ("build_seconds", "seconds", "wall_seconds")
+    rows = [
+        [names.get(name, name), *(f"{row[key]:.1f}" for key in keys), f"{row['peak_bytes'] / 2**30:.2f} GiB"]
+        for name, row in medians.items()
+    ]
+    against = {key: medians["jetrt"][key] / medians["binding"][key] for key in medians["binding"]}
+    rows.append(["jetrt without checks / binding", *(f"{ratio:.3f}" for ratio in against.values())])
+    return table(["", "build, s", "process, s", "wall, s", "peak of host memory"], rows)
+
+
+PAGES = {"README.md": {"FIGURES": figures}, "docs/building.md": {"ACCURACY": accuracy, "COST": cost}}
+
+
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    if not tail:
-        sys.exit(f"README.md lacks {BEGIN} … {END}")
-    wanted = f"{head}{BEGIN}\n{figures()}\n{END}{tail}"
-    if "--check" in sys.argv:
+    differ = []
+    for name, parts in PAGES.items():
+        path = ROOT / name
+        wanted = text = path.read_text(encoding="utf-8")
+        for mark, write in parts.items():
+            head, begin, rest = wanted.partition(f"<!-- {mark} -->")
+            _, end, tail = rest.partition(f"<!-- /{mark} -->")
+            if not end:
+                sys.exit(f"{name} lacks <!-- {mark} --> … <!-- /{mark} -->")
+            wanted = f"{head}{begin}\n{write()}\n{end}{tail}"
         if wanted != text:
-            print("README.md's figures are not those of benches/results; run python benches/report.py", file=sys.stderr)
-        return int(wanted != text)
-    readme.write_text(wanted)
+            differ.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(wanted, encoding="utf-8")
+    if differ and "--check" in sys.argv:
+        print(f"{', '.join(differ)}: not the figures of benches/results; run python benches/report.py", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -146,7 +146,7 @@ def test_results_of_the_onnx_suite() -> None:
     assert f"reports {('no', 'one', 'two', 'three')[len(found['broken promises'])]} promises as broken" in page
 
 
-@pytest.mark.parametrize(("name", "key"), [("build_dit", "dit_2_layers"), ("build_auto", "auto")])
+@pytest.mark.parametrize(("name", "key"), [("build_dit", "dit_2_layers"), ("build_auto", "auto_conv")])
 def test_transcripts_are_those_of_the_results(name: str, key: str) -> None:
     found = json.loads((ROOT / f"benches/results/{name}.json").read_text(encoding="utf-8"))[key]
     printed = {line.rstrip() for line in f"{found['messages']}\n{found['output']}".split("\n")}

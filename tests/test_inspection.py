@@ -127,12 +127,21 @@ def test_a_plan_without_companions(plan):
     ]
 
 
+KNOWN = {"kind": "failure", "cause": "It broke.", "next_step": "Mend it.", "line": "a  line", "count": 1, "source": ""}
+FOUND = (
+    {"pattern": "x", "lines": 2},
+    KNOWN | {"kind": "accuracy", "cause": "Norms overflow.", "next_step": "Use fp32.", "count": 2, "source": "nowhere"},
+    KNOWN,
+    {"kind": "precision", "text": "precision audit: 50 % runs in\nfp16"},
+)
+
+
 def test_everything_that_a_manifest_says(plan):
     stamp(
         plan,
         model=replace(MANIFEST.model, sha256="2" * 64),
         options={"precision": "fp16", "workspace": None, "strict": False, "fp32_norms": True, "hints": []},
-        build=BuildReport(93.2, {}, 3, 6 << 30, ("Detected layernorm nodes in FP16", {"pattern": "x", "lines": 2})),
+        build=BuildReport(93.2, {}, 3, 6 << 30, ("Detected layernorm nodes in FP16", *FOUND)),
         calibration={"algorithm": "entropy"},
         driver_floor="535.104",
         stripped=True,
@@ -156,6 +165,9 @@ def test_everything_that_a_manifest_says(plan):
         "output  y     float32  [-1, 10]           device  kLINEAR",
         "- Detected layernorm nodes in FP16",
         "- lines: 2, pattern: x",
+        "- accuracy: Norms overflow. Use fp32. (nowhere) TensorRT said, 2 times: a line",
+        "- failure: It broke. Mend it. TensorRT said: a line",
+        "- precision audit: 50 % runs in fp16",
         "algorithm: entropy",
         "precision audit: fp16 was asked for; 66.7 % of the GEMM and convolution time runs in it, 22.2 % in fp32, "
         "11.1 % unknown",

@@ -99,9 +99,9 @@ def test_weight_streaming(build: Callable[..., Any]) -> None:
 
 def test_versions_and_hardware(build: Callable[..., Any]) -> None:
     result = build("mlp", version_compatible=True, exclude_lean_runtime=True)
-    with pytest.raises(errors.EngineDeserializeError, match="allow_host_code"):
-        jetrt.Engine(result.path)
-    jetrt.Engine(result.path, allow_host_code=True).close()
+    assert result.manifest.version_compatible
+    with jetrt.Engine(result.path) as engine:  # without the runtime inside, a plan is no code
+        assert np.isfinite(engine(x=np.ones((8, 64), np.float32))["y"]).all()
     other = build("mlp", hardware_compatibility="ampere_plus", overwrite=True)
     assert other.manifest.hardware_compatibility == "ampere_plus"
 

@@ -187,6 +187,23 @@ def calibration_sets(folder: Path, count: int = 64, seed: int = 1) -> tuple[Path
     return folder / "detection.npz", folder / "recognition.npz"
 
 
+def parity_inputs(folder: Path, seed: int = 2) -> dict[str, Path]:
+    """det_inputs.npz, rec_inputs.npz: drawn "x@min", "x@opt", "x@max" for the parity gate; calibration has others."""
+    paths = {name: folder / f"{name}_inputs.npz" for name in ("det", "rec")}
+    points = ("min", "opt", "max")
+    pages = {
+        f"x@{point}": np.ascontiguousarray(detection_batch(shape[0], seed + i)[:, :, : shape[2], : shape[3]])
+        for i, (point, shape) in enumerate(zip(points, DETECTION_SHAPES, strict=True))
+    }
+    lines = {
+        f"x@{point}": recognition_batch(shape[0], seed + i, shape[3])
+        for i, (point, shape) in enumerate(zip(points, RECOGNITION_SHAPES, strict=True))
+    }
+    np.savez(paths["det"], **pages)
+    np.savez(paths["rec"], **lines)
+    return paths
+
+
 # A DiT of the shape of GR00T N1.7's -----------------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=_whole, default=20, metavar="N", help="slowest layers to list (20); 0: all")
     parser.add_argument("--refit", type=Path, metavar="MODEL.onnx", help="weights of a plan that was built without")
     parser.add_argument("--plugin", dest="plugins", action="append", default=[], type=Path, metavar="LIBRARY")
-    parser.add_argument("--allow-host-code", action="store_true", help="load a version-compatible plan, which is code")
+    parser.add_argument("--allow-host-code", action="store_true", help="load a plan that carries host code")
 
 
 def _whole(text: str) -> int:

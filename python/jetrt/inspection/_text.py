@@ -153,7 +153,7 @@ def _stored(manifest: Data, *, short: bool) -> Iterator[str]:
     if findings:
         yield "\n".join(["Findings of the build", *(f"- {_finding(f)}" for f in findings)])
     if manifest["calibration"]:
-        yield f"Calibration\n{_finding(manifest['calibration'])}"
+        yield f"Calibration\n{_pairs(manifest['calibration'])}"
     if manifest["levels"]:
         levels = _record("levels", lambda: LevelTable.from_mapping(manifest["levels"]).table())
         yield f"Optimisation levels\n{levels}"
@@ -164,6 +164,20 @@ def _stored(manifest: Data, *, short: bool) -> Iterator[str]:
 
 
 def _finding(found: Any) -> str:
+    """A line of TensorRT's log that is known with its cause, a sentence of the audit, or whatever else stands there."""
+    if not isinstance(found, dict):
+        return _pairs(found)
+    if "text" in found:
+        return " ".join(str(found["text"]).split())
+    if not {"kind", "cause", "next_step", "line"} <= found.keys():
+        return _pairs(found)
+    times = f", {found['count']} times" if found.get("count", 1) != 1 else ""
+    source = f" ({found['source']})" if found.get("source") else ""
+    line = f"{found['kind']}: {found['cause']} {found['next_step']}{source} TensorRT said{times}: {found['line']}"
+    return " ".join(line.split())
+
+
+def _pairs(found: Any) -> str:
     line = ", ".join(f"{k}: {v}" for k, v in found.items()) if isinstance(found, dict) else str(found)
     return " ".join(line.split())
 
