@@ -158,6 +158,17 @@ def test_transcripts_are_those_of_the_results(name: str, key: str) -> None:
     assert len(lines) > 10
 
 
+@pytest.mark.parametrize(
+    ("name", "command"), [("inspect_rec", "inspect rec.engine --layers 6"), ("verify_rec", "verify rec.engine")]
+)
+def test_what_the_commands_printed(name: str, command: str) -> None:
+    printed = {line.rstrip() for line in (ROOT / f"benches/results/{name}.txt").read_text(encoding="utf-8").split("\n")}
+    (shown,) = [t for t in re.findall(r"```console\n(.*?)```", BUILDING, re.S) if t.startswith(f"$ jetrt {command}\n")]
+    lines = shown.splitlines()[1:]
+    assert [line for line in lines if line not in printed and line != "[…]"] == []
+    assert len(lines) > 10
+
+
 # Traps ----------------------------------------------------------------------------------------------------------------
 
 
