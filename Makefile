@@ -44,6 +44,7 @@ test: dev-build
 	cargo test --no-default-features
 	@$(PIP) "$$(echo target/dev-wheel/*.whl)[test]"
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/drop_in
 	.ci/numpy-floor target/dev-wheel/*.whl
 
 check: export JETRT_ALLOW_DEBUG := 1

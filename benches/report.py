@@ -141,7 +141,78 @@ def cost() -> str:
     return table(["", "build, s", "process, s", "wall, s", "peak of host memory"], rows)
 
 
-PAGES = {"README.md": {"FIGURES": figures}, "docs/building.md": {"ACCURACY": accuracy, "COST": cost}}
+def groot() -> str:
+    found, control = load("groot_head"), load("groot_control")["bundles"]["2"]["control"]
+    machine, rows = found["machine"], []
+    names = {
+        "script: Engine, with its waits and zero fills": "script: `Engine`, with its waits and fills",
+        "bare binding, asynchronous": "NVIDIA's binding, asynchronous",
+        "bare binding, one graph": "NVIDIA's binding, one graph, inputs in place",
+        "bare binding, one graph, inputs copied in": "the same, inputs copied in",
+        "jetrt: Engine in the unchanged script": "**jetrt in the unchanged script**",
+        "jetrt: groot.optimize, one graph": "**jetrt, `optimize`**",
+        "jetrt: graph() around the unchanged head": "jetrt, `jetrt.graph` around the unchanged head",
+        "script: TensorRTDiTWrapper, the rest in torch": "script: `TensorRTDiTWrapper`, the rest in torch",
+        "jetrt: TensorRTDiTWrapper, the rest in torch": "**jetrt's `TensorRTDiTWrapper`**, the rest in torch",
+        "jetrt: TensorRTDiTWrapper, groot.optimize, one graph": "**the same, `optimize`**",
+        "torch eager": "torch, eager",
+    }
+    for layers, bundle in found["bundles"].items():
+        for name, text in names.items():
+            row, counts = bundle["fixed"]["rows"][name], bundle["counts"][name]["profiler"]
+            host, device, done = row["host_us"], row["device_ms"], row["done_ms"]
+            times = [f"{host['median']:.0f}", f"{device['median']:.2f}", f"{done['median']:.2f}", f"{done['p99']:.2f}"]
+            varying = bundle["varying"]["rows"][name]["done_ms"]["median"]
+            waits = bundle["driver"][name]["waits"]
+            rows.append([f"{layers} layers: {text}", *times, f"{varying:.2f}", f"{waits:g}", f"{counts['fills']:g}"])
+    header = [
+        "action head, N1.7",
+        "host, µs",
+        "device, ms",
+        "done, ms",
+        "p99",
+        "done, S changing, ms",
+        "waits",
+        "fills",
+    ]
+    judged = "\n".join(
+        f"- {'met' if t['met'] else 'missed'}: {t['target']}: {t['measured']:.2f}, limit {t['limit']:.2f}"
+        for t in found["targets"]
+    )
+    robot = [
+        [
+            f"{title}: {names[name]}",
+            f"{row['host_us']['median']:.0f}",
+            *(f"{row['done_ms'][k]:.2f}" for k in ("median", "p99", "worst", "jitter")),
+        ]
+        for title, part in control.items()
+        for name, row in part["rows"].items()
+    ]
+    return f"""
+Measured on one {machine["gpu"]} (driver {machine["driver"]}), TensorRT {machine["libraries"]["tensorrt"]}, torch
+{machine["versions"]["torch"]}, Python {machine["python"]}, on {machine["date"][:10]}, by `benches/groot/head.py`:
+random weights, S = {found["bundles"]["2"]["s"]}, 4 steps, 13 engine calls (4 where only the DiT is an engine), all rows
+of a bundle interleaved in one run, medians of {found["settings"]["actions"]} actions after
+{found["settings"]["warmup"]}.
+"host" is until the call returns, "done" until the actions are there, with one wait; waits and fills are counted.
+
+{table(header, rows)}
+
+{judged}
+
+As a robot has it, 2 layers, idle between actions (clocks go down, caches go cold):
+
+{table(["", "host, µs", "done, ms", "p99", "worst", "jitter"], robot)}
+
+![What an action's time is spent on](groot_head.png)
+"""
+
+
+PAGES = {
+    "README.md": {"FIGURES": figures},
+    "docs/building.md": {"ACCURACY": accuracy, "COST": cost},
+    "docs/groot.md": {"FIGURES": groot},
+}
 
 
 def main() -> int:

@@ -1,5 +1,5 @@
-// Gathers a strided tensor into a contiguous one, casting on the way: the single kernel behind
-// `on_strided="copy"` and `on_dtype="cast"`.
+// Gathers a strided tensor into a contiguous one, casting on the way: the kernel behind
+// `on_strided="copy"` and `on_dtype="cast"`, and, as a batch, behind the buffers of `jetrt.graph`.
 //
 // Compiled ahead of time to PTX by generate.py; the PTX is committed and embedded in the extension.
 // Semantics of the cast are those of torch's `.to()` on CUDA: float to integer truncates towards
@@ -35,6 +35,11 @@ struct CopyCast {
     i32 pad;
 };
 static_assert(sizeof(CopyCast) == 168, "the host packs this struct by hand");
+
+// Several plain copies (source and target of one type) in one launch: block row y works on job y. As many as a kernel's
+// 4096 bytes of parameters hold.
+struct Batch { CopyCast jobs[24]; };
+static_assert(sizeof(Batch) <= 4096, "more needs a driver of CUDA 12.1 and sm_70");
 
 // A 16-byte element, for copies wide enough to use it.
 struct alignas(16) Wide { u64 lo, hi; };
@@ -226,13 +231,15 @@ __device__ __forceinline__ i64 offset_of(const Job& job, u64 i) {
     return job.ndim > 0 ? at + (i64)rest * job.strides[0] : 0;
 }
 
-template <class Index>
+template <class Index, bool CASTS>
 __device__ __forceinline__ void run(const CopyCast& p, const Job& job) {
     u64 step = (u64)gridDim.x * blockDim.x;
     for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < job.n; i += step) {
         i64 at = offset_of<Index>(job, i);
         switch (job.width) {
-            case 0: store(p.dst, i, p.dst_type, load(p.src, at, p.src_type)); break;
+            case 0:
+                if (CASTS) store(p.dst, i, p.dst_type, load(p.src, at, p.src_type));
+                break;
             case 1: ((u8*)p.dst)[i] = ((const u8*)p.src)[at]; break;
             case 2: ((u16*)p.dst)[i] = ((const u16*)p.src)[at]; break;
             case 4: ((u32*)p.dst)[i] = ((const u32*)p.src)[at]; break;
@@ -242,13 +249,26 @@ __device__ __forceinline__ void run(const CopyCast& p, const Job& job) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) jetrt_copy_cast(const __grid_constant__ CopyCast p) {
-    __shared__ Job job;
+template <bool CASTS>
+__device__ __forceinline__ void run_job(const CopyCast& p, Job& job) {
     if (threadIdx.x == 0) simplify(p, job);
     __syncthreads();
     if (job.n >> 32) {
-        run<u64>(p, job);
+        run<u64, CASTS>(p, job);
     } else {
-        run<u32>(p, job);
+        run<u32, CASTS>(p, job);
     }
+}
+
+extern "C" __global__ void __launch_bounds__(256) jetrt_copy_cast(const __grid_constant__ CopyCast p) {
+    __shared__ Job job;
+    run_job<true>(p, job);
+}
+
+extern "C" __global__ void __launch_bounds__(256) jetrt_copy_batch(const __grid_constant__ Batch p) {
+    __shared__ Job job;
+    const CopyCast& one = p.jobs[blockIdx.y];
+    // The grid is as wide as the largest job needs.
+    if ((u64)blockIdx.x * blockDim.x >= one.n) return;
+    run_job<false>(one, job);
 }

@@ -83,6 +83,22 @@ pub fn is_contiguous(dims: &[i64], strides: &[i64]) -> bool {
     true
 }
 
+/// Do these strides (in elements) lay the elements out without gaps and without overlaps, in whatever order of dimensions?
+pub fn is_dense(dims: &[i64], strides: &[i64]) -> bool {
+    if dims.contains(&0) {
+        return true;
+    }
+    // The dimension whose stride is what lies inside it, one after the other.
+    let mut left: Vec<(i64, i64)> = strides.iter().copied().zip(dims.iter().copied()).filter(|&(_, d)| d != 1).collect();
+    left.sort_unstable();
+    let mut expected = 1i64;
+    left.iter().all(|&(stride, dim)| {
+        let fits = stride == expected;
+        expected = expected.saturating_mul(dim);
+        fits
+    })
+}
+
 /// One optimisation profile's range for one input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Range {
@@ -154,6 +170,19 @@ mod tests {
         fn contiguity_is_the_walk(d in prop::collection::vec(0i64..4, 0..5), seed in prop::collection::vec(-2i64..9, 5)) {
             let strides = &seed[..d.len()];
             prop_assert_eq!(is_contiguous(&d, strides), contiguous_by_walking(&d, strides));
+        }
+
+        #[test]
+        fn dense_is_every_offset_once(d in prop::collection::vec(0i64..4, 0..4), seed in prop::collection::vec(0i64..9, 4)) {
+            let strides = &seed[..d.len()];
+            let n: i64 = d.iter().product();
+            let mut offsets: Vec<i64> = (0..n).map(|k| {
+                let (mut rest, mut at) = (k, 0);
+                for (size, s) in d.iter().zip(strides).rev() { at += rest % size * s; rest /= size; }
+                at
+            }).collect();
+            offsets.sort_unstable();
+            prop_assert_eq!(is_dense(&d, strides), offsets == (0..n).collect::<Vec<_>>());
         }
 
         #[test]

@@ -23,7 +23,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     # Not even imported: torch would ask the stand-in driver for its GPUs.
     if collection_path == Path(__file__).parent / "gpu" and not on_gpu(config):
         return True
+    # They run on the stand-in torch, and jetrt remembers the first torch that it met in a process.
+    drop_in = Path(__file__).parent / "drop_in"
+    if collection_path == drop_in and not any(drop_in in (p, *p.parents) for p in named(config)):
+        return True
     return None
+
+
+def named(config: pytest.Config) -> list[Path]:
+    """Files and folders of the command line."""
+    return [Path(word.split("::")[0]).resolve() for word in config.args]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -35,7 +35,7 @@ from jetrt.provenance import Machine, Manifest
 ROOT = Path(__file__).parent.parent
 PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "docs/building.md", "docs/traps.md", "tests/onnx_backend/README.md")
+    for name in ("README.md", "docs/building.md", "docs/groot.md", "docs/traps.md", "tests/onnx_backend/README.md")
 }
 BUILDING = PAGES["docs/building.md"]
 COMMANDS = {"build": add_build, "inspect": add_inspect, "run": add_run, "stamp": add_stamp, "verify": add_verify}
@@ -87,6 +87,7 @@ def test_options_exist(page: str) -> None:
     known = {flag for command in COMMANDS for action in parser_of(command)._actions for flag in action.option_strings}
     others = {"--version", "--system-site-packages", "--python", "--user", "--no-deps", "--rm", "--runtime"}
     others |= {"--useDLACore"}  # trtexec's
+    others |= {"--inference-mode", "--trt-engine-path", "--optimize"}  # the GR00T script's, and its runner's
     prose = re.sub(r"```sh\n.*?```", "", PAGES[page], flags=re.S)
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose)) <= known | others
 

@@ -29,7 +29,7 @@ SHIM = """
 static inline int __float_as_int(float f) { int i; __builtin_memcpy(&i, &f, 4); return i; }
 static inline float __int_as_float(int i) { float f; __builtin_memcpy(&f, &i, 4); return f; }
 static inline void __syncthreads() {}
-static struct { unsigned x; } gridDim = {3}, blockDim = {5}, blockIdx, threadIdx;
+static struct { unsigned x, y; } gridDim = {3, 1}, blockDim = {5, 1}, blockIdx, threadIdx;
 
 static inline float f16_to_float(unsigned short h) {
     int e = (h >> 10) & 31, m = h & 1023;
@@ -49,6 +49,12 @@ extern "C" void run(const CopyCast* p) {
     for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
         for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) jetrt_copy_cast(*p);
 }
+extern "C" void run_batch(const Batch* p, unsigned count) {
+    for (blockIdx.y = 0; blockIdx.y < count; ++blockIdx.y)
+        for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
+            for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x) jetrt_copy_batch(*p);
+    blockIdx.y = 0;
+}
 """
 
 F32, F16, I8, I32, BOOL, U8, FP8, BF16, I64 = range(9)
@@ -63,7 +69,7 @@ NAMES = {v: k for k, v in globals().items() if isinstance(v, int) and k.isupper(
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def library(tmp_path_factory):
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -73,19 +79,27 @@ def run(tmp_path_factory):
     subprocess.run(
         [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{KERNELS}", "-o", library, source], check=True
     )
-    entry = ctypes.CDLL(str(library)).run
+    return ctypes.CDLL(str(library))
 
+
+def packed(x: np.ndarray, out: np.ndarray, source: int, target: int) -> bytes:
+    """The job that writes x to `out`, with the strides that x has."""
+    strides = [s // x.itemsize for s in x.strides]
+    pad = [0] * (8 - x.ndim)
+    job = struct.pack(
+        "<QQQ8q8qiiii", out.ctypes.data, x.__array_interface__["data"][0], x.size,
+        *x.shape, *pad, *strides, *pad, x.ndim, source, target, 0,
+    )  # fmt: skip
+    assert len(job) == 168
+    return job
+
+
+@pytest.fixture(scope="module")
+def run(library):
     def call(x: np.ndarray, source: int, target: int) -> np.ndarray:
-        """x (stored as STORED says) as `target`, with the strides that x has."""
+        """x (stored as STORED says) as `target`."""
         out = np.full(x.shape, 0xAB, dtype="u1").astype(STORED[target])
-        strides = [s // x.itemsize for s in x.strides]
-        pad = [0] * (8 - x.ndim)
-        job = struct.pack(
-            "<QQQ8q8qiiii", out.ctypes.data, x.__array_interface__["data"][0], x.size,
-            *x.shape, *pad, *strides, *pad, x.ndim, source, target, 0,
-        )  # fmt: skip
-        assert len(job) == 168
-        entry(ctypes.create_string_buffer(job, 168))
+        library.run(ctypes.create_string_buffer(packed(x, out, source, target), 168))
         return out
 
     return call
@@ -254,3 +268,21 @@ def test_ptx_is_what_jetpack_6_accepts() -> None:
     assert ".target sm_70\n" in text
     assert ".entry jetrt_copy_cast(\n\t.param .align 8 .b8 jetrt_copy_cast_param_0[168]\n)" in text
     assert "call" not in text.split()  # no printf, no assert, no libdevice: nothing to link
+
+
+# ---- many tensors at once -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3, 24])
+def test_a_batch_copies_every_tensor(library, count):
+    rng = np.random.default_rng(count)
+    types = (U8, U16, U32, U64)
+    whole = [rng.integers(0, 200, (4, 6 + k)).astype(NUMPY[types[k % 4]]) for k in range(count)]
+    views = [[x, x.T, x[::2, 1:], x[:0], np.broadcast_to(x[:1], (5, x.shape[1]))][k % 5] for k, x in enumerate(whole)]
+    outputs = [np.full(x.shape, 0xAB, x.dtype) for x in views]
+    jobs = b"".join(
+        packed(x, out, types[k % 4], types[k % 4]) for k, (x, out) in enumerate(zip(views, outputs, strict=True))
+    )
+    library.run_batch(ctypes.create_string_buffer(jobs, 24 * 168), count)
+    for x, out in zip(views, outputs, strict=True):
+        np.testing.assert_array_equal(out, x)

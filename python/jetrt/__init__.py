@@ -42,6 +42,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from .builder import build
+    from .graph import LoopGraph, graph
     from .runtime import (
         BuildConfig,
         EngineCacheEntry,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
         get_runtime,
         load,
     )
+    from .torch_memory import configure_torch_memory
 
 __all__ = [
     "BuildConfig",
@@ -61,6 +63,7 @@ __all__ = [
     "EngineHandle",
     "InferenceRuntime",
     "JetrtError",
+    "LoopGraph",
     "Tensor",
     "TensorInfo",
     "ThermalState",
@@ -68,8 +71,10 @@ __all__ = [
     "available_runtimes",
     "build",
     "build_info",
+    "configure_torch_memory",
     "errors",
     "get_runtime",
+    "graph",
     "library_info",
     "load",
     "pinned_empty",
@@ -84,6 +89,9 @@ __version__: str = _BUILD["version"]
 # Names that are imported when they are asked for, and the module that has them.
 _LAZY = {
     "build": "builder",
+    "LoopGraph": "graph",
+    "graph": "graph",
+    "configure_torch_memory": "torch_memory",
     **dict.fromkeys(
         (
             "BuildConfig",

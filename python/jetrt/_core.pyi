@@ -180,6 +180,56 @@ def build_info() -> dict[str, Any]:
 def library_info() -> dict[str, Any]:
     """Which libnvinfer and libcuda are in use, and which step of the search found them."""
 
+@final
+class _Launches:
+    """Launches of graphs that share memory: one at a time, each behind the one before, on any threads and streams."""
+
+    def __new__(cls, device: Any = None) -> Self: ...
+    def wait(self) -> None: ...
+
+@final
+class _Capture:
+    """The capture that runs on a stream: which engines take part, and later the launches of its graph."""
+
+    def __new__(cls, stream: int, launches: _Launches) -> Self: ...
+    @property
+    def engines(self) -> list[str]: ...
+    @property
+    def nodes(self) -> int: ...
+    @property
+    def alive(self) -> bool: ...
+    def bind(
+        self,
+        graph: Any,
+        inputs: Sequence[Any],
+        outputs: Sequence[Any],
+        input_names: Sequence[str],
+        output_names: Sequence[str],
+    ) -> None: ...
+    def replay(self, inputs: Sequence[Any], outputs: Sequence[Any], stream: Any = None) -> str | None:
+        """None, or why nothing was launched. Raises `jetrt.errors.ClosedEngineError`."""
+    def stop(self) -> None: ...
+    def release(self) -> None: ...
+
+def _abandon_capture(stream: int, device: Any = None) -> None:
+    """Ends a capture that was left running on this stream, if one is."""
+
+def _fill(
+    targets: Sequence[Any],
+    sources: Sequence[Any],
+    stream: Any = None,
+    *,
+    device: Any = None,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Copies each source over its target, in one launch."""
+
+def _set_bytes(tensors: Sequence[Any], value: int, stream: Any = None, *, device: Any = None) -> None:
+    """Sets every byte of these tensors, which have no gaps."""
+
+def _same_bytes(first: Sequence[Any], second: Sequence[Any], *, device: Any = None) -> bool:
+    """Do these tensors hold the same bytes? Their streams must have been waited for."""
+
 def _machine(device: int = 0) -> dict[str, Any]:
     """tensorrt, cuda, sm, sm_count, gpu, memory_bytes and integrated of a GPU."""
 

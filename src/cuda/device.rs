@@ -2,8 +2,9 @@
 
 use super::driver::{cuda, driver, Driver};
 use super::ffi::*;
+use super::stream::Stream;
 use crate::error::{Error, Kind, Result};
-use std::sync::Mutex;
+use std::sync::{Mutex, Weak};
 
 #[derive(Debug, Clone)]
 pub struct Info {
@@ -23,11 +24,13 @@ pub struct Device {
     pub ordinal: i32,
     pub info: Info,
     context: CUcontext,
+    /// What `Stream::joined_to_legacy` gives.
+    pub(super) joined: Mutex<Weak<Stream>>,
 }
 
 // SAFETY: a CUcontext may be used from any thread (CUDA driver API, "Context Management"); the rest is plain data.
 unsafe impl Send for Device {}
-// SAFETY: as above; nothing in a Device changes after construction.
+// SAFETY: as above; what changes in a Device has a lock.
 unsafe impl Sync for Device {}
 
 static DEVICES: Mutex<Vec<&'static Device>> = Mutex::new(Vec::new());
@@ -70,7 +73,12 @@ impl Device {
         let mut context = std::ptr::null_mut();
         // SAFETY: `raw` is a device of this driver. Retained once for the life of the process.
         unsafe { cuda!(d, cuDevicePrimaryCtxRetain(&mut context, raw)) }?;
-        Ok(Device { ordinal, info, context })
+        Ok(Device {
+            ordinal,
+            info,
+            context,
+            joined: Mutex::default(),
+        })
     }
 
     fn read_info(d: &Driver, raw: CUdevice) -> Result<Info> {

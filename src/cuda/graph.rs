@@ -110,6 +110,46 @@ impl<'a> Capture<'a> {
     }
 }
 
+/// How many nodes the capture that runs on this stream has so far; 0 where none does.
+pub fn captured_nodes(stream: &Stream) -> Result<usize> {
+    let d = driver()?;
+    let mut status = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    let (mut id, mut graph, mut count) = (0u64, std::ptr::null_mut(), 0usize);
+    let null: *mut usize = std::ptr::null_mut();
+    // SAFETY: the stream is alive and the pointers are live; the dependencies are optional.
+    unsafe {
+        cuda!(
+            d,
+            cuStreamGetCaptureInfo_v2(stream.raw(), &mut status, &mut id, &mut graph, null.cast(), null)
+        )
+    }?;
+    if status == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE {
+        // SAFETY: the graph lives as long as its capture runs; a null array asks for the count.
+        unsafe { cuda!(d, cuGraphGetNodes(graph, std::ptr::null_mut(), &mut count)) }?;
+    }
+    Ok(count)
+}
+
+/// Ends the capture that somebody left running on this stream, if one is; its graph is thrown away.
+pub fn abandon_capture(stream: &Stream) -> Result<()> {
+    let d = driver()?;
+    let mut status = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    let (mut id, null) = (0u64, std::ptr::null_mut());
+    // SAFETY: the stream is alive and both pointers are live; the other results are optional.
+    unsafe {
+        cuda!(
+            d,
+            cuStreamGetCaptureInfo_v2(stream.raw(), &mut status, &mut id, null, null.cast(), null.cast())
+        )
+    }?;
+    if status != CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
+        if let Ok(raw) = end(stream) {
+            drop(Template(raw));
+        }
+    }
+    Ok(())
+}
+
 fn end(stream: &Stream) -> Result<CUgraph> {
     let d = driver()?;
     let mut raw = std::ptr::null_mut();

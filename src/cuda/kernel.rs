@@ -1,4 +1,5 @@
-//! The copy-and-cast kernel: any strided tensor into a packed one, in one launch. Source and PTX: `kernels/`.
+//! The copy-and-cast kernel: any strided tensor into a packed one, in one launch; and plain copies of many tensors in one
+//! launch. Source and PTX: `kernels/`.
 
 use super::driver::{cuda, driver};
 use super::ffi::*;
@@ -12,8 +13,9 @@ use std::sync::Mutex;
 const PTX: &str = concat!(include_str!("../../kernels/copy_cast.ptx"), "\0");
 const THREADS: u32 = 256;
 
-/// The kernel's one parameter, as in `kernels/copy_cast.cu`.
+/// One job of a kernel, as in `kernels/copy_cast.cu`.
 #[repr(C)]
+#[derive(Clone, Copy)]
 struct CopyCast {
     dst: u64,
     src: u64,
@@ -26,10 +28,57 @@ struct CopyCast {
     pad: i32,
 }
 
-/// The kernel, loaded on one device, for the life of the process.
+const NO_JOB: CopyCast = CopyCast {
+    dst: 0,
+    src: 0,
+    n: 0,
+    dims: [0; 8],
+    strides: [0; 8],
+    ndim: 0,
+    src_type: 0,
+    dst_type: 0,
+    pad: 0,
+};
+
+impl CopyCast {
+    fn new(dst: u64, src: &TensorView, src_type: i32, dst_type: i32) -> CopyCast {
+        let layout = if src.contiguous {
+            src.dims.contiguous_strides()
+        } else {
+            src.strides
+        };
+        let mut job = CopyCast {
+            dst,
+            src: src.ptr,
+            n: src.elements(),
+            ndim: src.dims.rank() as i32,
+            src_type,
+            dst_type,
+            ..NO_JOB
+        };
+        job.dims[..src.dims.rank()].copy_from_slice(src.dims.as_slice());
+        job.strides[..layout.rank()].copy_from_slice(layout.as_slice());
+        job
+    }
+}
+
+/// Jobs of one batched launch: what 4096 bytes of parameters hold.
+const BATCH: usize = 24;
+
+/// A plain copy: `src`, of any strides, goes to `dst`, packed.
+#[derive(Debug, Clone, Copy)]
+pub struct PlainCopy {
+    pub dst: u64,
+    pub src: TensorView,
+    /// Bytes of one element: 1, 2, 4 or 8.
+    pub size: u64,
+}
+
+/// The kernels, loaded on one device, for the life of the process.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernel {
     function: CUfunction,
+    batch: CUfunction,
     blocks_max: u32,
 }
 
@@ -48,14 +97,16 @@ impl Kernel {
         }
         let d = driver()?;
         let _entered = device.enter()?;
-        let (mut module, mut function) = (std::ptr::null_mut(), std::ptr::null_mut());
-        // SAFETY: PTX is a NUL-terminated text; both pointers are live; a context is current.
+        let (mut module, mut function, mut batch) = (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: PTX is a NUL-terminated text; the pointers are live; a context is current.
         unsafe {
             cuda!(d, cuModuleLoadData(&mut module, PTX.as_ptr().cast()))?;
             cuda!(d, cuModuleGetFunction(&mut function, module, c"jetrt_copy_cast".as_ptr()))?;
+            cuda!(d, cuModuleGetFunction(&mut batch, module, c"jetrt_copy_batch".as_ptr()))?;
         }
         let kernel = Kernel {
             function,
+            batch,
             blocks_max: (device.info.sm_count.max(1) as u32) * 16,
         };
         loaded.push((device.ordinal, kernel));
@@ -69,25 +120,7 @@ impl Kernel {
         if n == 0 {
             return Ok(());
         }
-        let (mut dims, mut strides) = ([0; 8], [0; 8]);
-        let layout = if src.contiguous {
-            src.dims.contiguous_strides()
-        } else {
-            src.strides
-        };
-        dims[..src.dims.rank()].copy_from_slice(src.dims.as_slice());
-        strides[..layout.rank()].copy_from_slice(layout.as_slice());
-        let mut job = CopyCast {
-            dst,
-            src: src.ptr,
-            n,
-            dims,
-            strides,
-            ndim: src.dims.rank() as i32,
-            src_type: src.dtype.code(),
-            dst_type: to.code(),
-            pad: 0,
-        };
+        let mut job = CopyCast::new(dst, src, src.dtype.code(), to.code());
         let blocks = n.div_ceil(u64::from(THREADS)).min(u64::from(self.blocks_max)) as u32;
         let mut params = [(&raw mut job).cast()];
         let d = driver()?;
@@ -111,5 +144,60 @@ impl Kernel {
                 )
             )
         }
+    }
+
+    /// Makes these copies, as many as a launch holds at a time. Every address must be reachable by the device, and every
+    /// `dst` have room for the elements of its `src`.
+    pub fn launch_plain(&self, copies: &[PlainCopy], stream: &Stream) -> Result<()> {
+        for some in copies.chunks(BATCH) {
+            let mut jobs = [NO_JOB; BATCH];
+            let mut blocks = 1;
+            let mut count = 0;
+            for copy in some.iter().filter(|c| c.src.elements() > 0) {
+                // An unsigned integer of that size: the bytes are what counts.
+                let code = match copy.size {
+                    1 => DType::U8,
+                    2 => DType::U16,
+                    4 => DType::U32,
+                    _ => DType::U64,
+                }
+                .code();
+                jobs[count] = CopyCast::new(copy.dst, &copy.src, code, code);
+                count += 1;
+                // A packed source is moved 16 bytes at a time where it can be.
+                let steps = match copy.src.contiguous {
+                    true => (copy.src.elements() * copy.size).div_ceil(16),
+                    false => copy.src.elements(),
+                };
+                blocks = steps.div_ceil(u64::from(THREADS)).max(blocks);
+            }
+            if count == 0 {
+                continue;
+            }
+            let blocks = blocks.min(u64::from(self.blocks_max)) as u32;
+            let mut params = [jobs.as_mut_ptr().cast()];
+            let d = driver()?;
+            // SAFETY: the kernel takes one array of BATCH jobs, which the driver copies at the call, and looks at the first
+            // `count`; the caller vouches for the addresses.
+            unsafe {
+                cuda!(
+                    d,
+                    cuLaunchKernel(
+                        self.batch,
+                        blocks,
+                        count as u32,
+                        1,
+                        THREADS,
+                        1,
+                        1,
+                        0,
+                        stream.raw(),
+                        params.as_mut_ptr(),
+                        std::ptr::null_mut()
+                    )
+                )
+            }?;
+        }
+        Ok(())
     }
 }

@@ -12,5 +12,5 @@ mod stream;
 
 pub use device::{Device, Entered, Info};
 pub use driver::driver;
-pub use graph::{Capture, Graph, Relaxed};
+pub use graph::{abandon_capture, captured_nodes, Capture, Graph, Relaxed};
 pub use stream::{Event, Stream, LEGACY, PER_THREAD};

@@ -5,6 +5,7 @@ use super::ffi::*;
 use super::graph::Relaxed;
 use super::Device;
 use crate::error::Result;
+use std::sync::Arc;
 
 /// The legacy default stream: what scripts that never name a stream use.
 pub const LEGACY: u64 = 0;
@@ -34,10 +35,17 @@ impl Stream {
         Stream::with_flags(device, NON_BLOCKING)
     }
 
-    /// A new stream that CUDA orders with the legacy default stream both ways, without events: work enqueued on either starts
-    /// after what was enqueued on the other before.
-    pub fn joined_to_legacy(device: &'static Device) -> Result<Stream> {
-        Stream::with_flags(device, BLOCKING)
+    /// The device's stream that CUDA orders with the legacy default stream both ways, without events: work enqueued on either
+    /// starts after what was enqueued on the other before. There is one, for as long as somebody has it: two of them would not
+    /// be ordered with each other, and one engine could read what another has not written yet.
+    pub fn joined_to_legacy(device: &'static Device) -> Result<Arc<Stream>> {
+        let mut shared = device.joined.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(stream) = shared.upgrade() {
+            return Ok(stream);
+        }
+        let stream = Arc::new(Stream::with_flags(device, BLOCKING)?);
+        *shared = Arc::downgrade(&stream);
+        Ok(stream)
     }
 
     fn with_flags(device: &'static Device, flags: u32) -> Result<Stream> {

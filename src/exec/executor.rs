@@ -6,10 +6,11 @@
 //! on the caller's stream even when that is the legacy one.
 
 use super::background::Background;
-use super::callers_capture::CaptureSession;
+use super::callers_capture::ForCaptures;
+use super::captured::Captured;
 use super::graphs::{Decision, GraphMode, Graphs, KeyRef};
 use super::plan::{is_ready, Need, Policy, ProfileChoice};
-use super::pool::{forget_stream, Buffer, OutputMode, Pool, Where};
+use super::pool::{forget_stream, OutputMode, Pool, Where};
 use super::resolve::{Resolved, Signatures};
 use super::session::{ContextMemory, Guard, HostPath, Session, Sessions};
 use super::stats::Stats;
@@ -21,7 +22,7 @@ use crate::error::{Error, Kind, Result};
 use crate::tensor::{OwnedTensor, Place, TensorView};
 use crate::trt::{Engine, IoTensor};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::thread::ThreadId;
 use std::time::Duration;
 
@@ -94,12 +95,13 @@ pub struct Executor {
     pub(super) front: Stream,
     /// The thread that called on its per-thread default stream, if one did.
     per_thread: OnceLock<ThreadId>,
-    /// One session per capture of the caller's and its shapes, kept as long as the engine: its graph uses the session's memory.
-    pub(super) for_captures: Mutex<Vec<CaptureSession>>,
+    /// What captures of the caller's use, kept as long as the engine, or until the record of that capture is released.
+    pub(super) for_captures: Mutex<ForCaptures>,
+    /// Records of captures that this engine takes part in: they keep it alive.
+    pub(super) records: Mutex<Vec<Weak<Captured>>>,
+    pub(super) me: Weak<Executor>,
     /// The session that layers are measured in. Kept: a caller without a stream gets the session's, which the pool then knows.
     pub(super) for_layers: Mutex<Option<Session>>,
-    /// Outputs enqueued into captures of the caller's: never reused.
-    pub(super) pinned_for_captures: Mutex<Vec<Arc<Buffer>>>,
     pub(super) next_id: AtomicU64,
     pub(super) background: Arc<Background>,
     pub(super) closed: AtomicBool,
@@ -111,7 +113,7 @@ pub(super) fn locked<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Executor {
-    pub fn new(engine: Engine, options: Options) -> Result<Executor> {
+    pub fn new(engine: Engine, options: Options) -> Result<Arc<Executor>> {
         let device = engine.device;
         let engine = Arc::new(engine);
         let inputs: Vec<usize> = (0..engine.io.len()).filter(|&i| engine.io[i].input).collect();
@@ -137,8 +139,11 @@ impl Executor {
         }
         let seen = Arc::new(Seen::new(device));
         let background = Arc::new(Background::new(device));
-        let executor = Executor {
-            kernel: Kernel::get(device)?,
+        let kernel = Kernel::get(device)?;
+        let nothing = DeviceBuffer::new(device, 512, "address of empty tensors")?;
+        let front = Stream::new(device)?;
+        let executor = Arc::new_cyclic(|me| Executor {
+            kernel,
             has_host_inputs: inputs.iter().any(|&i| engine.io[i].host),
             sessions: Sessions::new(options.max_contexts.max(1)),
             signatures: Mutex::default(),
@@ -146,12 +151,13 @@ impl Executor {
             graphs_off: options.graphs == GraphMode::Off,
             pool: Pool::new(device, Arc::clone(&seen), Arc::clone(&background), options.outputs, outputs.len()),
             seen,
-            nothing: DeviceBuffer::new(device, 512, "address of empty tensors")?,
-            front: Stream::new(device)?,
+            nothing,
+            front,
             per_thread: OnceLock::new(),
             for_captures: Mutex::default(),
+            records: Mutex::default(),
+            me: Weak::clone(me),
             for_layers: Mutex::default(),
-            pinned_for_captures: Mutex::default(),
             next_id: AtomicU64::new(0),
             background: Arc::clone(&background),
             closed: AtomicBool::new(false),
@@ -161,7 +167,7 @@ impl Executor {
             device,
             engine,
             options,
-        };
+        });
         // The first context now, so that loading says whether there is memory for it.
         drop(executor.checkout(None, None)?);
         Ok(executor)
@@ -532,13 +538,18 @@ impl Executor {
         }
         let _entered = self.device.enter_anyway();
         let _relaxed = Relaxed::enter();
+        // Graphs of the caller's that somebody keeps a record of: launched no more from here on.
+        let records = std::mem::take(&mut *locked(&self.records));
+        for record in records.iter().filter_map(Weak::upgrade) {
+            record.engine_closes(&self.engine.label);
+        }
         let sessions = self.sessions.close();
         let for_captures = std::mem::take(&mut *locked(&self.for_captures));
         let for_layers = locked(&self.for_layers).take();
         // From here on nobody replays; what has been launched is waited for.
         let entries = locked(&self.graphs).clear();
         self.seen.wait_all();
-        let others = for_captures.iter().map(|c| &c.session).chain(&for_layers);
+        let others = for_captures.sessions().chain(&for_layers);
         for s in sessions.iter().map(|s| &**s).chain(others) {
             let _ = s.stream.synchronize();
             let _ = s.legacy.synchronize();
@@ -548,7 +559,6 @@ impl Executor {
         drop(sessions);
         drop(for_captures);
         drop(for_layers);
-        drop(std::mem::take(&mut *locked(&self.pinned_for_captures)));
         self.pool.close();
         self.engine.release();
     }

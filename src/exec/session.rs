@@ -133,8 +133,8 @@ pub struct Session {
     pub context: Context,
     /// For callers without a stream.
     pub stream: Stream,
-    /// For callers on the legacy default stream, on which TensorRT itself may add waits and cannot be captured.
-    pub legacy: Stream,
+    /// For callers on the legacy default stream, on which TensorRT itself may add waits and cannot be captured. Shared by all.
+    pub legacy: Arc<Stream>,
     /// The shapes that are set in the context, by number.
     pub shapes: Option<u64>,
     pub enter: Event,

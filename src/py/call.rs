@@ -498,7 +498,7 @@ impl EngineBase {
 }
 
 /// `__cuda_array_interface__` does not say which GPU it means; the driver does.
-fn resolve_place(one: &mut Imported) -> Result<()> {
+pub(super) fn resolve_place(one: &mut Imported) -> Result<()> {
     if one.place_assumed && one.view.ptr != 0 {
         if let Some(d) = device_of(one.view.ptr)? {
             one.view.place = Place::Device(d);

@@ -205,7 +205,7 @@ impl EngineBase {
             Ok((Device::get(device)?, library(&folders, Some(plan.header.version))?))
         })?;
         let warnings = check_manifest(py, &plan, machine(py, gpu, lib)?, verify, refit.as_deref())?;
-        let loaded = py.detach(|| -> Result<(Executor, LoadReport, Option<String>)> {
+        let loaded = py.detach(|| -> Result<(Arc<Executor>, LoadReport, Option<String>)> {
             let _relaxed = Relaxed::enter();
             lib.load_plugins(&plugins)?;
             let (engine, mut report) = crate::trt::Engine::load(
@@ -227,7 +227,6 @@ impl EngineBase {
         });
         drain(py);
         let (executor, report, metadata) = loaded?;
-        let executor = Arc::new(executor);
         let mut all = locked(&ALL);
         all.retain(|w| w.strong_count() > 0);
         all.push(Arc::downgrade(&executor));
@@ -474,12 +473,15 @@ impl EngineBase {
         metadata(py, self.metadata.as_deref())
     }
 
-    /// Waits for the engine's work and frees everything but the results that are still held. Safe to call again.
-    fn close(&self, py: Python<'_>) {
+    /// Waits for the engine's work and frees everything but the results that are still held. Safe to call again. A graph of
+    /// `jetrt.graph` that launches this engine raises ClosedEngineError from then on.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        self.executor.check_own_launch()?;
         py.detach(|| self.executor.close());
         let held = std::mem::take(&mut *locked(&self.held));
         drop(held);
         drain(py);
+        Ok(())
     }
 
     fn __enter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, Self>> {
@@ -490,9 +492,9 @@ impl EngineBase {
     }
 
     #[pyo3(signature = (exc_type, exc, traceback))]
-    fn __exit__(&self, py: Python<'_>, exc_type: &Bound<'_, PyAny>, exc: &Bound<'_, PyAny>, traceback: &Bound<'_, PyAny>) {
+    fn __exit__(&self, py: Python<'_>, exc_type: &Bound<'_, PyAny>, exc: &Bound<'_, PyAny>, traceback: &Bound<'_, PyAny>) -> PyResult<()> {
         let _ = (exc_type, exc, traceback);
-        self.close(py);
+        self.close(py)
     }
 
     fn __repr__(&self) -> String {

@@ -2,6 +2,7 @@
 
 mod build;
 mod call;
+mod captures;
 mod convert;
 mod engine;
 pub(crate) mod errors;
@@ -20,6 +21,7 @@ use pyo3::prelude::*;
 pub fn core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     engine::register(m)?;
     build::register(m)?;
+    captures::register(m)?;
     m.add_class::<tensor::Tensor>()?;
     m.add_function(wrap_pyfunction!(probe::describe, m)?)?;
     m.add_function(wrap_pyfunction!(probe::roundtrip, m)?)?;

@@ -274,7 +274,7 @@ class Dit:
             external = self.parameters * _numpy(dtype).itemsize > 2**30
         with contextlib.ExitStack() as stack:
             data = stack.enter_context(path.with_name(path.name + ".data").open("wb")) if external else None
-            graph = _Graph(dtype, np.random.default_rng(seed), data)
+            graph = Graph(dtype, np.random.default_rng(seed), data)
             graph.dit(self)
         s: dict[str, Any] = {name: ["S" if n == -1 else n for n in shape] for name, shape in self.shapes(-1).items()}
         types = {"timestep": onnx.TensorProto.INT64}
@@ -297,7 +297,7 @@ def _numpy(dtype: str) -> np.dtype:
     return np.dtype({"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16}[dtype])
 
 
-class _Graph:
+class Graph:
     """Nodes and weights as they are written down; every method returns the name of its result."""
 
     def __init__(self, dtype: str, random: np.random.Generator, data: BinaryIO | None) -> None:

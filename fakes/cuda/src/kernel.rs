@@ -1,4 +1,4 @@
-//! `jetrt_copy_cast`, the one kernel that jetrt brings, done on the host with torch's casting rules.
+//! `jetrt_copy_cast` and `jetrt_copy_batch`, the kernels that jetrt brings, done on the host with torch's casting rules.
 
 use half::{bf16, f16};
 
@@ -19,6 +19,20 @@ pub struct CopyCast {
 }
 
 const _: () = assert!(std::mem::size_of::<CopyCast>() == 168);
+
+/// Jobs in the parameter of `jetrt_copy_batch`.
+pub const BATCH: usize = 24;
+
+/// The first jobs of a batch, as many as the grid has rows. They must not cast.
+pub fn run_batch(jobs: &[CopyCast], device: i32) -> Result<(), String> {
+    for job in jobs {
+        if job.src_type != job.dst_type {
+            return Err(format!("jetrt_copy_batch casts nothing: {} -> {}", job.src_type, job.dst_type));
+        }
+        run(job, device)?;
+    }
+    Ok(())
+}
 
 fn width(code: i32) -> Option<usize> {
     Some(match code {

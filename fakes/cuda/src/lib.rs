@@ -839,10 +839,15 @@ exports! { call:
         if st().execs.contains_key(&exec) { Ok(()) } else { refuse(INVALID_VALUE, format!("{exec:#x} is no graph executable")) }
     }
     fn cuGraphGetNodes(graph: u64, nodes: *mut u64, count: *mut usize) {
-        let Some(found) = st().graphs.get(&graph) else { return refuse(INVALID_VALUE, format!("{graph:#x} is no graph")) };
         if count.is_null() {
             return Err(INVALID_VALUE);
         }
+        // One that is still being captured tells how many it has; nodes get their handles at the end.
+        if let Some(capture) = st().captures.values().find(|capture| capture.graph == graph && nodes.is_null()) {
+            *count = capture.nodes.len();
+            return Ok(());
+        }
+        let Some(found) = st().graphs.get(&graph) else { return refuse(INVALID_VALUE, format!("{graph:#x} is no graph")) };
         if !nodes.is_null() {
             for i in 0..*count {
                 nodes.add(i).write(found.nodes.get(i).map_or(0, |(node, _)| *node));
@@ -961,9 +966,11 @@ exports! { call:
         if threads == 0 || threads > 1024 || gx == 0 || gy == 0 || gz == 0 || gy > 65535 || gz > 65535 {
             return refuse(INVALID_VALUE, format!("a launch of ({gx},{gy},{gz}) blocks of ({bx},{by},{bz}) threads"));
         }
-        if found.name != "jetrt_copy_cast" {
-            return refuse(INVALID_VALUE, format!("this stand-in does not know the kernel {}", found.name));
-        }
+        let batch = match found.name.as_str() {
+            "jetrt_copy_cast" => false,
+            "jetrt_copy_batch" => true,
+            other => return refuse(INVALID_VALUE, format!("this stand-in does not know the kernel {other}")),
+        };
         let mut block: *const c_void = std::ptr::null();
         if !parameters.is_null() {
             block = *parameters;
@@ -977,7 +984,15 @@ exports! { call:
             }
         }
         if block.is_null() {
-            return refuse(INVALID_VALUE, "jetrt_copy_cast was launched without its parameter");
+            return refuse(INVALID_VALUE, "a kernel of jetrt was launched without its parameter");
+        }
+        if batch {
+            if gy as usize > kernel::BATCH {
+                return refuse(INVALID_VALUE, format!("jetrt_copy_batch has {} jobs and was launched for {gy}", kernel::BATCH));
+            }
+            let jobs = block.cast::<kernel::CopyCast>();
+            let jobs = (0..gy as usize).map(|i| jobs.add(i).read_unaligned()).collect();
+            return work::enqueue(key, Op::CopyBatch(Arc::new(jobs)));
         }
         let parameter = block.cast::<kernel::CopyCast>().read_unaligned();
         work::enqueue(key, Op::CopyCast(Arc::new(parameter)))

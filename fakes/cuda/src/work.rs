@@ -50,6 +50,7 @@ pub enum Op {
         data: u64,
     },
     CopyCast(Arc<CopyCast>),
+    CopyBatch(Arc<Vec<CopyCast>>),
     Mark {
         event: u64,
         version: u64,
@@ -65,7 +66,7 @@ impl Op {
     /// CUgraphNodeType.
     fn node_type(&self) -> i32 {
         match self {
-            Op::Kernel { .. } | Op::CopyCast(_) => 0,
+            Op::Kernel { .. } | Op::CopyCast(_) | Op::CopyBatch(_) => 0,
             Op::Copy { .. } | Op::Data { .. } | Op::Copy2D(_) => 1,
             Op::Set { .. } => 2,
             Op::Host { .. } => 3,
@@ -409,6 +410,11 @@ fn run(op: &Op, device: i32) {
                     lost(text);
                 }
             }
+            Op::CopyBatch(jobs) => {
+                if let Err(text) = kernel::run_batch(jobs, device) {
+                    lost(text);
+                }
+            }
             Op::Mark { event, version } => {
                 if let Some(event) = st().events.get_mut(event) {
                     if event.version == *version {
@@ -428,6 +434,8 @@ fn run(op: &Op, device: i32) {
 
 pub fn wait(key: u64) -> Outcome {
     may_wait(key)?;
+    // A wait for the legacy stream is one for the blocking streams, too (seen on an H200).
+    order_with_legacy(key);
     drain(key, u64::MAX);
     health()
 }
@@ -435,6 +443,7 @@ pub fn wait(key: u64) -> Outcome {
 /// "Not ready" once, then progress: who asks again has waited.
 pub fn query(key: u64) -> Outcome {
     may_wait(key)?;
+    order_with_legacy(key);
     let Some(stream) = st().streams.get_mut(&key) else {
         return Err(INVALID_HANDLE);
     };

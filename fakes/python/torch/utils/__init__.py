@@ -1,0 +1,5 @@
+"""`torch.utils`"""
+
+from . import deterministic, dlpack
+
+__all__ = ["deterministic", "dlpack"]
