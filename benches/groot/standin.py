@@ -31,7 +31,19 @@ class BatchFeature(collections.UserDict[str, Any]):
         return data[name]
 
 
-class ActionHead(nn.Module):
+class _Part(nn.Module):
+    """Says where its parameters are, as the head and the model do upstream."""
+
+    @property
+    def device(self) -> Any:
+        return next(iter(self.parameters())).device
+
+    @property
+    def dtype(self) -> Any:
+        return next(iter(self.parameters())).dtype
+
+
+class ActionHead(_Part):
     """Flow matching over action chunks: the part that N1.6 and N1.7 share.
 
     vlln, vl_self_attention: [B,S,2048] → the same. state_encoder: ([B,1,state], [B]) → [B,1,1536]. action_encoder:
@@ -116,14 +128,6 @@ class ActionHead(nn.Module):
             dtype=vl_embeds.dtype,
             device=vl_embeds.device,
         )
-
-    @property
-    def device(self) -> Any:
-        return next(iter(self.parameters())).device
-
-    @property
-    def dtype(self) -> Any:
-        return next(iter(self.parameters())).dtype
 
     def prepare_input(self, batch: dict[str, Any]) -> BatchFeature:
         return BatchFeature(data=batch)
@@ -250,7 +254,7 @@ class Backbone(nn.Module):
         )
 
 
-class Model(nn.Module):
+class Model(_Part):
     """Backbone and action head, and what lies between the policy and them."""
 
     def __init__(self, config: Config, backbone: nn.Module, action_head: ActionHead) -> None:
@@ -258,14 +262,6 @@ class Model(nn.Module):
         self.config = config
         self.backbone = backbone
         self.action_head = action_head
-
-    @property
-    def device(self) -> Any:
-        return next(iter(self.parameters())).device
-
-    @property
-    def dtype(self) -> Any:
-        return next(iter(self.parameters())).dtype
 
     def prepare_input(self, inputs: dict[str, Any]) -> tuple[BatchFeature, BatchFeature]:
         def moved(features: BatchFeature) -> BatchFeature:

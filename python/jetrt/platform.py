@@ -85,7 +85,7 @@ def identify(root: str | os.PathLike[str] = "/", *, arch: str | None = None) -> 
     # A container may carry the release file of another machine's image, so that it counts on ARM alone.
     l4t = _l4t(_text(top, "etc/nv_tegra_release")) if arch == "aarch64" and not spark else None
     jetson = l4t is not None or re.search(r"nvidia,tegra\d", soc) is not None
-    memory = _memory(_text(top, "proc/meminfo"))
+    memory = meminfo(top)
     return Platform(
         arch=arch,
         board=board or product,
@@ -98,6 +98,12 @@ def identify(root: str | os.PathLike[str] = "/", *, arch: str | None = None) -> 
         memory_available=memory.get("MemAvailable"),
         integrated=True if jetson or spark else None,
     )
+
+
+def meminfo(root: str | os.PathLike[str] = "/") -> dict[str, int]:
+    """The lines of /proc/meminfo that count memory, in bytes: MemTotal, MemFree, MemAvailable and so on."""
+    text = _text(Path(root), "proc/meminfo") or ""
+    return {name: int(kib) << 10 for name, kib in re.findall(r"^(\w+):\s+(\d{1,15}) kB$", text, re.M | re.ASCII)}
 
 
 def _text(top: Path, name: str) -> str | None:
@@ -146,7 +152,3 @@ def _cuda(text: str | None) -> str | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return version if isinstance(version, str) else None
-
-
-def _memory(text: str | None) -> dict[str, int]:
-    return {name: int(kib) << 10 for name, kib in re.findall(r"^(\w+):\s+(\d{1,15}) kB$", text or "", re.M | re.ASCII)}

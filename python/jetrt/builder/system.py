@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import BuildOptionError
+from ..platform import meminfo
 from ..report import table
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def prepared_system(
         if allowed:
             raise _refused(f"sudo refuses without a password ({allowed}). Run `sudo -v` first", commands)
 
-    report.free_before = _meminfo(top, "MemFree")
+    report.free_before = meminfo(top).get("MemFree")
     report.changes += [dropped := Change("page cache"), *changes.values()]
     try:
         dropped.problem = _tried(run, drop)
@@ -137,7 +138,7 @@ def prepared_system(
             change.after = _setting(top, name)
             if not change.problem and change.after != SETTINGS[name]:
                 change.problem = f"it does not have the value {SETTINGS[name]}"
-        report.free_after = _meminfo(top, "MemFree")
+        report.free_after = meminfo(top).get("MemFree")
         say(report.text())
         yield report
     finally:
@@ -212,10 +213,6 @@ def _setting(top: Path, name: str) -> str | None:
     return text if re.fullmatch(r"-?\d+", text, re.ASCII) else None  # it ends up in a command
 
 
-def _meminfo(top: Path, name: str) -> int | None:
-    return _kib(top / "proc/meminfo", name)
-
-
 def _kib(path: Path, name: str) -> int | None:
     """The bytes of a line `name: … kB`."""
     try:
@@ -286,7 +283,7 @@ class MemoryWatch:
         self.peak_resident = _largest(self.peak_resident, _kib(self._process / "status", "VmHWM"))
         if share:
             self.peak_share = _largest(self.peak_share, _kib(self._process / "smaps_rollup", "Pss"))
-        available = _meminfo(self._top, "MemAvailable")
+        available = meminfo(self._top).get("MemAvailable")
         if available is not None:
             self.least_available = min(available, self.least_available or available)
 
