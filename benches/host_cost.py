@@ -17,6 +17,7 @@ import contextlib
 import gc
 import itertools
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -45,6 +46,7 @@ from common import (
 
 import jetrt
 
+sys.path.append(str(Path(__file__).resolve().parent / "groot"))
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 SHAPES = (122, 64)  # S of dit5: the profile's optimum, and one more
 WARMUP = 40  # calls per set of inputs before anything is timed: graphs are captured by then
@@ -125,6 +127,7 @@ def keyword_call(engine: Any, sets: list[dict[str, torch.Tensor]]) -> Callable[[
 def binding_rows(table: Table, plan: Path, sets: dict[str, list[dict[str, torch.Tensor]]], stream: int) -> None:
     try:
         import script_paths
+        from script import TensorRTDiTWrapper
     except ImportError as error:
         for name in ("binding", "TensorRTDiTWrapper", "Engine of trt_torch.py"):
             table.skipped[name] = str(error)
@@ -166,9 +169,9 @@ def binding_rows(table: Table, plan: Path, sets: dict[str, list[dict[str, torch.
     table.add("binding, shapes + addresses + enqueue", full(sets["stable"]))
     table.add("binding, changing shapes + addresses + enqueue", full(sets["2 shapes"]), sets=2)
 
-    wrapper = script_paths.TensorRTDiTWrapper(str(plan))
+    wrapper = TensorRTDiTWrapper(str(plan))
     table.add("TensorRTDiTWrapper", keyword_call(wrapper, sets["stable"]))
-    changing = script_paths.TensorRTDiTWrapper(str(plan))
+    changing = TensorRTDiTWrapper(str(plan))
     table.add("TensorRTDiTWrapper, 2 shapes", keyword_call(changing, sets["2 shapes"]), sets=2)
 
     for name, wait in (

@@ -1,13 +1,17 @@
-//! What a call costs before CUDA and TensorRT are asked: shapes, strides, profiles, runs of host copies.
+//! What a call costs before CUDA and TensorRT are asked: shapes, strides, profiles, runs of host copies. And what it costs to ask how hot
+//! the machine is.
 //!
 //!     cargo bench --no-default-features --bench pure
 
 use _core::dtype::DType;
 use _core::exec::plan::runs;
 use _core::shape::{first_fitting, is_contiguous, Dims, Range};
+use _core::telemetry::{Latest, Sample};
 use _core::tensor::{Place, TensorView};
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion};
 use std::hint::black_box;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 fn dims(d: &[i64]) -> Dims {
     Dims::new(d).expect("at most eight dimensions")
@@ -78,5 +82,29 @@ fn host_copies(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, shapes, profiles, host_copies);
+/// Temperatures, clocks and throttling as any thread reads them, with nobody writing and with a writer that never rests.
+fn telemetry(c: &mut Criterion) {
+    let latest = Latest::new(Duration::from_secs(3600));
+    let sample = Sample {
+        gpu_temp_c: Some(50.0),
+        ..Sample::default()
+    };
+    let read = |s: &Sample| (s.cpu_temp_c, s.gpu_temp_c, s.throttle_active, s.gpu_clock_mhz);
+    latest.publish(sample.clone());
+    c.bench_function("telemetry, one reading", |b| b.iter(|| black_box(&latest).read(read)));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                latest.publish(sample.clone());
+            }
+        });
+        c.bench_function("telemetry, one reading while another thread publishes", |b| {
+            b.iter(|| black_box(&latest).read(read))
+        });
+        stop.store(true, Ordering::Relaxed);
+    });
+}
+
+criterion_group!(benches, shapes, profiles, host_copies, telemetry);
 criterion_main!(benches);

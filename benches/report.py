@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ ROWS = [
 
 def load(name: str) -> Any:
     return json.loads((ROOT / "benches" / "results" / f"{name}.json").read_text())
+
+
+def there(name: str) -> bool:
+    return (ROOT / "benches" / "results" / f"{name}.json").exists()
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -141,47 +146,74 @@ def cost() -> str:
     return table(["", "build, s", "process, s", "wall, s", "peak of host memory"], rows)
 
 
-def groot() -> str:
-    found, control = load("groot_head"), load("groot_control")["bundles"]["2"]["control"]
-    machine, rows = found["machine"], []
-    names = {
-        "script: Engine, with its waits and zero fills": "script: `Engine`, with its waits and fills",
-        "bare binding, asynchronous": "NVIDIA's binding, asynchronous",
-        "bare binding, one graph": "NVIDIA's binding, one graph, inputs in place",
-        "bare binding, one graph, inputs copied in": "the same, inputs copied in",
-        "jetrt: Engine in the unchanged script": "**jetrt in the unchanged script**",
-        "jetrt: groot.optimize, one graph": "**jetrt, `optimize`**",
-        "jetrt: graph() around the unchanged head": "jetrt, `jetrt.graph` around the unchanged head",
-        "script: TensorRTDiTWrapper, the rest in torch": "script: `TensorRTDiTWrapper`, the rest in torch",
-        "jetrt: TensorRTDiTWrapper, the rest in torch": "**jetrt's `TensorRTDiTWrapper`**, the rest in torch",
-        "jetrt: TensorRTDiTWrapper, groot.optimize, one graph": "**the same, `optimize`**",
-        "torch eager": "torch, eager",
-    }
+GROOT = {
+    "script: Engine, with its waits and zero fills": "script: `Engine`, with its waits and fills",
+    "bare binding, asynchronous": "NVIDIA's binding, asynchronous",
+    "bare binding, one graph": "NVIDIA's binding, one graph, inputs in place",
+    "bare binding, one graph, inputs copied in": "the same, inputs copied in",
+    "bare binding, one graph, constants made beforehand": "the same, inputs in place, constants made beforehand",
+    "jetrt: Engine in the unchanged script": "**jetrt in the unchanged script**",
+    "jetrt: groot.optimize, one graph": "**jetrt, `optimize`**",
+    "jetrt: graph() around the unchanged head": "jetrt, `jetrt.graph` around the unchanged head",
+    "script: TensorRTDiTWrapper, the rest in torch": "script: `TensorRTDiTWrapper`, the rest in torch",
+    "jetrt: TensorRTDiTWrapper, the rest in torch": "**jetrt's `TensorRTDiTWrapper`**, the rest in torch",
+    "jetrt: TensorRTDiTWrapper, groot.optimize, one graph": "**the same, `optimize`**",
+    "torch eager": "torch, eager",
+    "torch.compile of the DiT": "torch, DiT by torch.compile (for one S)",
+}
+
+
+#: What the shorter tables have.
+GROOT_SHORT = [name for name in GROOT if "TensorRTDiTWrapper" not in name and "one graph, " not in name]
+
+
+def head_table(found: dict[str, Any], what: str, names: Iterable[str] = tuple(GROOT)) -> str:
+    """Of a file of benches/groot/head.py: the rows that were run, the targets, and what was not run."""
+    rows, absent = [], []
     for layers, bundle in found["bundles"].items():
-        for name, text in names.items():
+        varying = bundle.get("varying", {}).get("rows", {})
+        for name, text in ((name, GROOT[name]) for name in names):
+            if name in bundle["skipped"]:
+                absent.append(f"- not run: {layers} layers: «{name}»: {bundle['skipped'][name].splitlines()[0][:200]}")
+            if name not in bundle["fixed"]["rows"]:
+                continue
             row, counts = bundle["fixed"]["rows"][name], bundle["counts"][name]["profiler"]
             host, device, done = row["host_us"], row["device_ms"], row["done_ms"]
             times = [f"{host['median']:.0f}", f"{device['median']:.2f}", f"{done['median']:.2f}", f"{done['p99']:.2f}"]
-            varying = bundle["varying"]["rows"][name]["done_ms"]["median"]
+            changing = f"{varying[name]['done_ms']['median']:.2f}" if name in varying else ""
             waits = bundle["driver"][name]["waits"]
-            rows.append([f"{layers} layers: {text}", *times, f"{varying:.2f}", f"{waits:g}", f"{counts['fills']:g}"])
-    header = [
-        "action head, N1.7",
-        "host, µs",
-        "device, ms",
-        "done, ms",
-        "p99",
-        "done, S changing, ms",
-        "waits",
-        "fills",
-    ]
-    judged = "\n".join(
+            rows.append([f"{layers} layers: {text}", *times, changing, f"{waits:g}", f"{counts['fills']:g}"])
+    header = [what, "host, µs", "device, ms", "done, ms", "p99", "done, S changing, ms", "waits", "fills"]
+    judged = [
         f"- {'met' if t['met'] else 'missed'}: {t['target']}: {t['measured']:.2f}, limit {t['limit']:.2f}"
         for t in found["targets"]
-    )
+    ]
+    return "\n".join([table(header, rows), "", *judged, *absent])
+
+
+def groot() -> str:
+    found, control = load("groot_head"), load("groot_control")["bundles"]["2"]["control"]
+    machine = found["machine"]
+    more = ""
+    if there("groot_head_vl"):
+        vl = load("groot_head_vl")
+        more += f"""
+The same with N1.7's self-attention over the vision-language tokens as an engine too, 14 engine calls (the scripts' 16
+are these and one each for vision and language, in the backbone):
+
+{head_table(vl, "action head, N1.7, 14 calls", GROOT_SHORT)}
+"""
+    if there("groot_head_n16"):
+        n16 = load("groot_head_n16")
+        (s,) = {bundle["s"] for bundle in n16["bundles"].values()}
+        more += f"""
+N1.6, S = {s}, 13 engine calls:
+
+{head_table(n16, "action head, N1.6", GROOT_SHORT)}
+"""
     robot = [
         [
-            f"{title}: {names[name]}",
+            f"{title}: {GROOT[name]}",
             f"{row['host_us']['median']:.0f}",
             *(f"{row['done_ms'][k]:.2f}" for k in ("median", "p99", "worst", "jitter")),
         ]
@@ -196,10 +228,8 @@ of a bundle interleaved in one run, medians of {found["settings"]["actions"]} ac
 {found["settings"]["warmup"]}.
 "host" is until the call returns, "done" until the actions are there, with one wait; waits and fills are counted.
 
-{table(header, rows)}
-
-{judged}
-
+{head_table(found, "action head, N1.7")}
+{more}
 As a robot has it, 2 layers, idle between actions (clocks go down, caches go cold):
 
 {table(["", "host, µs", "done, ms", "p99", "worst", "jitter"], robot)}

@@ -1,6 +1,7 @@
-"""The two ways in which the Isaac-GR00T scripts call an engine, written from their contract, for comparison.
+"""`Engine` as the Isaac-GR00T scripts call it, written from their contract, for comparison.
 
-Our own code: the per-call work is theirs (moves, checks, setters, allocation, wait), nothing else is.
+Our own code: the per-call work is theirs (checks, setters, allocation, wait), nothing else is. The scripts' other way,
+`TensorRTDiTWrapper`, is in `groot/script.py`.
 """
 
 from __future__ import annotations
@@ -35,44 +36,6 @@ def load(path: str) -> Any:
     if engine is None:
         raise RuntimeError(f"Failed to load TensorRT engine from {path}")
     return engine
-
-
-class TensorRTDiTWrapper:
-    """Inputs moved and made contiguous, every shape and address set, a new bfloat16 output, no wait."""
-
-    def __init__(self, engine_path: str, device: int = 0) -> None:
-        self.device = device
-        self.engine = load(engine_path)
-        self.context = self.engine.create_execution_context()
-
-    def __call__(
-        self,
-        sa_embs: torch.Tensor,
-        vl_embs: torch.Tensor,
-        timestep: torch.Tensor,
-        image_mask: torch.Tensor | None = None,
-        backbone_attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        place = f"cuda:{self.device}"
-        given = {
-            "sa_embs": sa_embs.to(place).contiguous(),
-            "vl_embs": vl_embs.to(place).contiguous(),
-            "timestep": timestep.to(place).contiguous(),
-        }
-        if image_mask is not None:
-            given["image_mask"] = image_mask.to(place).contiguous()
-        if backbone_attention_mask is not None:
-            given["backbone_attention_mask"] = backbone_attention_mask.to(place).contiguous()
-        for name, tensor in given.items():
-            self.context.set_input_shape(name, tensor.shape)
-        for name, tensor in given.items():
-            self.context.set_tensor_address(name, tensor.data_ptr())
-        shape = tuple(self.context.get_tensor_shape("output"))
-        output = torch.empty(shape, dtype=torch.bfloat16, device=place)
-        self.context.set_tensor_address("output", output.data_ptr())
-        if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise RuntimeError("TensorRT inference failed")
-        return output
 
 
 class Engine:

@@ -13,5 +13,6 @@ pub mod log;
 #[cfg(feature = "python")]
 pub mod py;
 pub mod shape;
+pub mod telemetry;
 pub mod tensor;
 pub mod trt;

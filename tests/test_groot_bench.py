@@ -226,7 +226,7 @@ def networks(tmp_path_factory):
     found = {}
     for config in (small(N1_6), small(N1_7, vl_self_attention_layers=2)):
         folder = tmp_path_factory.mktemp(config.version)
-        for engine in models.engines(config):
+        for engine in config.engines:
             path = models.write(config, engine, folder, dtype="float32")
             onnx.checker.check_model(path, full_check=True)
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -331,14 +331,21 @@ def test_a_bundle_and_its_twin(tmp_path, monkeypatch, capsys):
     assert built == [(4, name) for name in ("state_encoder", "action_encoder", "dit", "action_decoder")]
     assert {file.name for file in first.iterdir()} == {
         "export_metadata.json",
-        *(FILES[name][0] for name in models.engines(config)),
-        *(FILES[name][1][0] for name in models.engines(config)),
+        *(FILES[name][0] for name in config.engines),
+        *(FILES[name][1][0] for name in config.engines),
     }
     models.bundle(config, first, options(onnx_only=False))
     assert len(built) == 4
-    rows = models.bundle(replace(config, num_layers=6), second, options(onnx_only=False), first)
+    rows = models.bundle(replace(config, num_layers=6), second, options(onnx_only=False), [first])
     assert built[4:] == [(6, "dit")]
     assert [row["engine"] for row in rows if "write_seconds" in row] == ["dit"]
+    third = tmp_path / "n1.7-4-vl"
+    more = replace(config, vl_self_attention_layers=2)
+    assert (config.name, more.name) == ("n1.7-4", third.name)
+    models.bundle(more, third, options(onnx_only=False), [second, first])
+    assert built[5:] == [(4, "vl_self_attention")]
+    assert (third / "dit_bf16.onnx").read_bytes() == (first / "dit_bf16.onnx").read_bytes()
+    assert json.loads((third / "export_metadata.json").read_text())["vl_self_attention_layers"] == 2
     assert (second / "action_encoder.onnx").read_bytes() == (first / "action_encoder.onnx").read_bytes()
     assert (second / "dit_bf16.onnx").read_bytes() != (first / "dit_bf16.onnx").read_bytes()
     metadata = json.loads((second / "export_metadata.json").read_text())
@@ -350,7 +357,7 @@ def test_a_bundle_and_its_twin(tmp_path, monkeypatch, capsys):
         "precision": "bf16",
     }
     assert metadata["vl_seq_len"] == metadata["llm_seq_len"] == 280
-    assert capsys.readouterr().out.count("\n") == 12
+    assert capsys.readouterr().out.count("\n") == 17
 
 
 def test_the_words_that_jetrt_build_gets(tmp_path, monkeypatch):
@@ -595,7 +602,7 @@ def test_the_picture_is_drawn(tmp_path):
 
 
 def test_the_stand_ins_in_torch(tmp_path):
-    """Runs `in_torch()` below in a process of its own: torch must not ask the stand-in driver for its GPUs."""
+    """Runs what is below in a process of its own: torch must not ask the stand-in driver for its GPUs."""
     for name in ("torch", "onnx", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
@@ -622,11 +629,11 @@ def in_torch(folder):
         config = small(base, vl_self_attention_layers=2 if base is N1_7 else 0)
         bundle = folder / config.version
         bundle.mkdir()
-        for engine in models.engines(config):
+        for engine in config.engines:
             models.write(config, engine, bundle, dtype="float32")
         policy = networks.policy(config, dtype=torch.float32, weights=bundle)
         head = policy.model.action_head
-        parts = {name: getattr(head, "model" if name == "dit" else name) for name in models.engines(config)}
+        parts = {name: getattr(head, "model" if name == "dit" else name) for name in config.engines}
         for engine, module in parts.items():
             session = onnxruntime.InferenceSession(bundle / FILES[engine][0], providers=["CPUExecutionProvider"])
             for batch in (1, 3) if config.max_batch > 1 else (1,):
@@ -698,8 +705,44 @@ def in_torch(folder):
         assert all(torch.isfinite(value.float()).all() for value in random_weights[0].values())
         with pytest.raises(ValueError, match=r"layer1\.weight"):
             networks.load_weights(parts["state_encoder"], bundle / FILES["action_decoder"][0])
-    print("all agree")
+
+
+def of_the_bench():
+    """Other kernels' actions must be near; a limit of time is kept where the code catches everything."""
+    import time
+
+    import head
+    import torch
+    import variants
+    import ways
+
+    a, b = torch.randn(2, 40, 132, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    found = {"groups": {"torch": {"variants": [ways.TORCH]}, "compiled": {"variants": [ways.COMPILED]}}}
+    found["differences"] = {}
+    head.compare_groups({"engines": {0: a, 1: b}, "torch": {0: a, 1: b * 1.001}, "compiled": {1: a}}, found)
+    assert list(found["differences"]) == [ways.COMPILED]
+    assert found["least cosine of engines and torch"] > 0.9999
+    found["differences"] = {}
+    head.compare_groups({"compiled": {1: a}}, found)
+    assert found["differences"] == {}
+
+    def stubborn():
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception:
+                raise AssertionError("caught what must go through") from None
+
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match="a loop took more than 1 s"), variants.time_limit(1, "a loop"):
+        stubborn()
+    assert 1 <= time.monotonic() - start < 4
+    with variants.time_limit(1, "nothing"):
+        pass
+    time.sleep(1.2)  # no alarm is left
 
 
 if __name__ == "__main__":
+    of_the_bench()
     in_torch(Path(sys.argv[1]))
+    print("all agree")

@@ -8,10 +8,13 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import runpy
 import subprocess
 import sys
 import threading
 import weakref
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,11 @@ import pytest
 
 from jetrt import _core, errors
 
-CPU, CUDA, CUDA_HOST, ROCM, CUDA_MANAGED = 1, 2, 3, 10, 13
+# As the stand-in torch has it, which must not be imported here.
+dlpack = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).resolve().parents[1] / "fakes/python/torch/utils/_dlpack.py"))
+)
+CPU, CUDA, CUDA_HOST, ROCM, CUDA_MANAGED = dlpack.CPU, dlpack.CUDA, dlpack.CUDA_HOST, 10, 13
 FLOAT32, COMPLEX64, INT4, BFLOAT16 = (2, 32, 1), (5, 64, 1), (0, 4, 1), (4, 16, 1)
 
 
@@ -155,36 +162,14 @@ def test_array_likes_are_not_converted_in_silence() -> None:
 # --------------------------------------------------------------------------------------------- a producer of capsules
 
 
-class _DLTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-class _Legacy(ctypes.Structure):
-    _fields_ = [("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", _Deleter)]
-
-
 class _Versioned(ctypes.Structure):
     _fields_ = [
         ("major", ctypes.c_uint32),
         ("minor", ctypes.c_uint32),
         ("context", ctypes.c_void_p),
-        ("deleter", _Deleter),
+        ("deleter", dlpack.Deleter),
         ("flags", ctypes.c_uint64),
-        ("tensor", _DLTensor),
+        ("tensor", dlpack.DLTensor),
     ]
 
 
@@ -214,8 +199,8 @@ class Producer:
         self.released = 0
         self._shape = (ctypes.c_int64 * len(shape))(*shape)
         self._strides = (ctypes.c_int64 * len(shape))(*strides) if strides is not None else None
-        self._deleter = _Deleter(self._release)
-        self._tensor = _DLTensor(data, *device, len(shape), *dtype, self._shape, self._strides, byte_offset)
+        self._deleter = dlpack.Deleter(self._release)
+        self._tensor = dlpack.DLTensor(data, *device, len(shape), *dtype, self._shape, self._strides, byte_offset)
         self._alive: list[Any] = []
 
     def _release(self, _: int) -> None:
@@ -233,7 +218,7 @@ class Producer:
             managed: Any = _Versioned(self.major, 0, None, self._deleter, self.flags, self._tensor)
             name = b"dltensor_versioned"
         else:
-            managed, name = _Legacy(self._tensor, None, self._deleter), b"dltensor"
+            managed, name = dlpack.Managed(self._tensor, None, self._deleter), b"dltensor"
         self._alive += [managed, name]
         return _new_capsule(ctypes.addressof(managed), name, None)
 

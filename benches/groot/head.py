@@ -1,8 +1,10 @@
-"""GR00T's action head in 13 engine calls: as the script runs it, over the bare binding, over jetrt, as one graph.
+"""GR00T's action head, 13 engine calls or 14: as the script runs it, over the bare binding, over jetrt, as one graph.
 
     python benches/groot/models.py BUNDLES --layers 2 32               # once; 2 layers take half a minute, 32 minutes
     python benches/groot/head.py BUNDLES --layers 2 32 --varying       # writes benches/results/groot_head.json
     python benches/groot/head.py BUNDLES --layers 2 --control 10:1000 100:200 --out groot_control
+    python benches/groot/head.py BUNDLES --version n1.6 --out groot_head_n16
+    python benches/groot/head.py BUNDLES --vl-self-attention --out groot_head_vl     # 14 calls
 
 Before anything is timed, variants that do the same are compared: from one seed they must give the same bits; one that
 does not is not timed. Then, in one process, every variant runs once a round, rounds in a new order each time, with one
@@ -26,6 +28,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ from common import clocks, machine, nvinfer_path, plain, print_targets, summary,
 from sources import Checkpoint, StandIn  # noqa: E402
 from tables import judge, show  # noqa: E402
 from variants import Observation, Stages, Variant, Workshop, binding_or_jetrt  # noqa: E402
+from versions import VERSIONS  # noqa: E402
 
 COUNTED_ACTIONS, PROFILED_ACTIONS, STAGED_ACTIONS, DEVICE_ACTIONS = 10, 3, 30, 50
 
@@ -61,39 +65,52 @@ def orders(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
 def same_bits(built: dict[str, Variant], observations: Sequence[Observation]) -> dict[str, Any]:
     """Compares the variants of each group, from the same seeds: `differences` says by name what is wrong with one."""
     found: dict[str, Any] = {"groups": {}, "differences": {}}
-    first: dict[str, list[torch.Tensor]] = {}
+    first: dict[str, dict[int, torch.Tensor]] = {}
     for group, names in ways.GROUPS.items():
         present = [name for name in names if name in built]
         for name in present:
-            results: list[torch.Tensor] = []
+            results: dict[int, torch.Tensor] = {}
             try:
                 for seed, observation in enumerate([*observations, *observations]):
-                    torch.manual_seed(seed)
-                    results.append(built[name].act(observation).clone())
-                    wait()
+                    if built[name].takes(observation):
+                        torch.manual_seed(seed)
+                        results[seed] = built[name].act(observation).clone()
+                        wait()
             except Exception as error:
                 found["differences"][name] = f"{type(error).__name__}: {error}"
                 traceback.print_exc(limit=-3)
                 continue
             reason = None
-            for turn, (one, other) in enumerate(zip(first.setdefault(group, results), results, strict=True)):
+            for seed, one in first.setdefault(group, results).items():
+                other = results[seed]
                 if not torch.isfinite(other).all():
-                    reason = f"action {turn} is not finite"
+                    reason = f"action {seed} is not finite"
                 elif not torch.equal(one.view(torch.int16), other.view(torch.int16)):
                     worst = (one.float() - other.float()).abs().max().item()
-                    reason = f"action {turn} is not that of «{present[0]}»: they differ by up to {worst:.3g}"
+                    reason = f"action {seed} is not that of «{present[0]}»: they differ by up to {worst:.3g}"
             if reason:
                 found["differences"][name] = reason
         found["groups"][group] = {"variants": present, "actions": len(first.get(group, []))}
-    if {"engines", "torch"} <= first.keys():  # other kernels: near, not equal
-        cosine = min(
-            torch.nn.functional.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
-            for a, b in zip(first["engines"], first["torch"], strict=True)
-        )
-        found["least cosine of engines and torch"] = cosine
-        if not cosine > 0.99:
-            found["differences"][ways.TORCH] = f"cosine {cosine:.5f} with «{ways.SCRIPT}»"
+    compare_groups(first, found)
     return found
+
+
+def compare_groups(results: dict[str, dict[int, torch.Tensor]], found: dict[str, Any]) -> None:
+    """Other kernels give other bits: between groups the actions must be near, by their cosine."""
+    if not results:
+        return
+    reference, expected = next(iter(results.items()))
+    for group, actions in list(results.items())[1:]:
+        cosine = min(
+            torch.nn.functional.cosine_similarity(
+                expected[seed].double().flatten(), action.double().flatten(), dim=0
+            ).item()
+            for seed, action in actions.items()
+        )
+        found[f"least cosine of {reference} and {group}"] = cosine
+        if not cosine > 0.99:
+            for name in found["groups"][group]["variants"]:
+                found["differences"].setdefault(name, f"cosine {cosine:.5f} with the {reference}")
 
 
 # Times ----------------------------------------------------------------------------------------------------------------
@@ -286,7 +303,7 @@ class Bench:
 
     def __init__(self, layers: int, source: Any, options: argparse.Namespace) -> None:
         self.layers, self.options = layers, options
-        self.workshop = Workshop(source, options.compile_timeout)
+        self.workshop = Workshop(source, options.compile or "", options.compile_timeout)
         self.fixed = fixed = Observation.random(source.config, source.s, 0)
         self.lengths = [source.s + 8 * k for k in range(-2, 3)] if options.varying else []
         self.varying = [fixed if s == source.s else Observation.random(source.config, s, s) for s in self.lengths]
@@ -300,7 +317,7 @@ class Bench:
             start = time.monotonic()
             try:
                 variant = self.workshop.build(name)
-                variant.prepare(self.observations)
+                variant.prepare([observation for observation in self.observations if variant.takes(observation)])
                 wait()
                 self.built[name] = variant
             except Exception as error:
@@ -319,7 +336,8 @@ class Bench:
         for name, row in device_times(built, fixed, medians).items():
             result["fixed"]["rows"][name]["device_ms"] = row
         if self.varying:
-            result["varying"] = measure(built, self.varying, options.actions, options.warmup) | {"s": self.lengths}
+            any_s = {name: variant for name, variant in built.items() if variant.s is None}
+            result["varying"] = measure(any_s, self.varying, options.actions, options.warmup) | {"s": self.lengths}
         result["one_dit_call"] = one_call(built, fixed, options.actions, options.warmup)
         if options.control:
             shown = {name: built[name] for name in ways.CONTROL if name in built}
@@ -361,12 +379,21 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("bundles", type=Path, help="the folder that models.py filled")
     parser.add_argument("--version", choices=("n1.6", "n1.7"), default="n1.7")
     parser.add_argument("--layers", type=int, nargs="+", default=[2])
+    parser.add_argument("--vl-self-attention", action="store_true", help="N1.7's, as an engine: 14 calls")
     parser.add_argument("--actions", type=int, default=200)
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--varying", action="store_true", help="and with S changing per observation, 5 lengths in turn")
     parser.add_argument("--control", type=idling, nargs="+", metavar="MS[:ACTIONS]", help="10:1000 100:200")
-    parser.add_argument("--compile", action="store_true", help="torch.compile of the DiT too")
-    parser.add_argument("--compile-timeout", type=int, default=120, metavar="SECONDS")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="max-autotune",
+        metavar="MODE",
+        help="torch.compile of the DiT too, for the usual S alone; by default in the scripts' mode, max-autotune",
+    )
+    parser.add_argument(
+        "--compile-timeout", type=int, default=120, metavar="SECONDS", help="of a bundle; what takes longer is not run"
+    )
     parser.add_argument(
         "--deterministic", action="store_true", help="torch's deterministic mode, which fills torch.empty"
     )
@@ -384,6 +411,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(words)
     if options.checkpoint and not options.scripts:
         parser.error("--checkpoint needs --scripts, the folder scripts/deployment of Isaac-GR00T")
+    if options.vl_self_attention and options.version == "n1.6":
+        parser.error("N1.6 has no self-attention over the vision-language tokens")
     return options
 
 
@@ -394,11 +423,13 @@ def sources(options: argparse.Namespace) -> Iterator[tuple[int, Any]]:
         yield source.config.diffusion_model_cfg["num_layers"], source
         return
     for layers in options.layers:
-        bundle = options.bundles / f"{options.version}-{layers}"
+        attention = 4 if options.vl_self_attention else 0
+        config = replace(VERSIONS[options.version], num_layers=layers, vl_self_attention_layers=attention)
+        bundle = options.bundles / config.name
         if not (bundle / "export_metadata.json").is_file():
-            raise SystemExit(
-                f"{bundle} is no bundle: python benches/groot/models.py {options.bundles} --layers {layers}"
-            )
+            words = f"{options.bundles} --version {options.version} --layers {layers}"
+            words += " --vl-self-attention" if attention else ""
+            raise SystemExit(f"{bundle} is no bundle: python benches/groot/models.py {words}")
         yield layers, StandIn(bundle)
 
 
@@ -411,7 +442,8 @@ def main() -> int:
     if options.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     result: dict[str, Any] = {"machine": machine(), "without_binding": without_binding}
-    result["settings"] = {key: getattr(options, key) for key in ("actions", "warmup", "deterministic", "side_stream")}
+    settings = ("version", "actions", "warmup", "deterministic", "side_stream", "compile")
+    result["settings"] = {key: getattr(options, key) for key in settings}
     stream = torch.cuda.Stream() if options.side_stream else torch.cuda.default_stream()
     with torch.inference_mode(), torch.cuda.stream(stream):
         benches = [Bench(layers, source, options) for layers, source in sources(options)]

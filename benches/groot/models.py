@@ -1,6 +1,7 @@
 """ONNX files and plans of GR00T's action head with random weights: a bundle as the scripts load it.
 
     python benches/groot/models.py FOLDER --layers 2 32            # FOLDER/n1.7-2 and FOLDER/n1.7-32
+    python benches/groot/models.py FOLDER --layers 2 --vl-self-attention     # FOLDER/n1.7-2-vl: one engine more
     python benches/groot/models.py FOLDER --version n1.6 --layers 2 --onnx-only
 
 A bundle has state_encoder, action_encoder, dit_bf16 and action_decoder (ONNX and plan) and export_metadata.json. Names,
@@ -31,12 +32,6 @@ sys.path.insert(0, str(ROOT / "tests" / "gpu"))
 import workloads  # noqa: E402
 
 Dims = Sequence[int | str]
-
-
-def engines(config: Config) -> list[str]:
-    """The head's engines, in the order in which an action uses them."""
-    names = ["state_encoder", "action_encoder", "dit", "action_decoder"]
-    return ["vl_self_attention", *names] if config.vl_self_attention_layers else names
 
 
 class Graph(workloads.Graph):
@@ -237,17 +232,21 @@ def share(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def bundle(config: Config, folder: Path, options: argparse.Namespace, twin: Path | None = None) -> list[dict[str, Any]]:
-    """Makes what is missing of a bundle; `twin`: one of another number of layers, whose small engines are the same."""
+def bundle(
+    config: Config, folder: Path, options: argparse.Namespace, twins: Sequence[Path] = ()
+) -> list[dict[str, Any]]:
+    """Makes what is missing of a bundle; `twins`: of other numbers of layers, where the engines are there already."""
     folder.mkdir(parents=True, exist_ok=True)
+    layers = {twin: json.loads((twin / "export_metadata.json").read_text())["num_layers"] for twin in twins}
     done = []
-    for engine in engines(config):
+    for engine in config.engines:
         onnx, plan = folder / FILES[engine][0], folder / FILES[engine][1][0]
         row: dict[str, Any] = {"bundle": folder.name, "engine": engine}
-        if twin is not None and engine != "dit":
-            for file in twin.glob(f"{engine}.*"):
-                if not (folder / file.name).exists():
-                    share(file, folder / file.name)
+        for twin in twins:
+            if engine != "dit" or layers[twin] == config.num_layers:
+                for file in twin.glob(f"{onnx.stem}.*"):
+                    if not (folder / file.name).exists():
+                        share(file, folder / file.name)
         if not onnx.exists():
             start = time.monotonic()
             write(config, engine, folder)
@@ -269,7 +268,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--version", choices=VERSIONS, default=N1_7.version)
     parser.add_argument("--layers", type=int, nargs="+", default=[2])
-    parser.add_argument("--vl-self-attention", action="store_true", help="N1.7's 4 layers over the VL tokens too")
+    parser.add_argument(
+        "--vl-self-attention", action="store_true", help="N1.7's 4 layers over the vision-language tokens too"
+    )
     parser.add_argument("--onnx-only", action="store_true", help="no plans")
     parser.add_argument("--builder", choices=BUILDERS, default="jetrt")
     parser.add_argument("--opt-level", type=int, choices=range(6), help="TensorRT's optimisation level")
@@ -280,16 +281,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.vl_self_attention and options.version == "n1.6":
         parser.error("N1.6 has no self-attention over the vision-language tokens")
-    twin = None
     for layers in options.layers:
         config = replace(
             VERSIONS[options.version],
             num_layers=layers,
             vl_self_attention_layers=4 if options.vl_self_attention else 0,
         )
-        folder = options.folder / f"{config.version}-{layers}"
-        bundle(config, folder, options, twin)
-        twin = twin or folder
+        folder = options.folder / config.name
+        made = (path.parent for path in options.folder.glob(f"{config.version}-*/export_metadata.json"))
+        bundle(config, folder, options, sorted(path for path in made if path != folder))
 
 
 if __name__ == "__main__":

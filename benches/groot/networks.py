@@ -274,9 +274,7 @@ def policy(
     """
     parts: dict[str, nn.Module] = {}
     shared = {} if shared is None else shared
-    names = ["state_encoder", "action_encoder", "dit", "action_decoder"]
-    names += ["vl_self_attention"] if config.vl_self_attention_layers else []
-    for engine in names:
+    for engine in config.engines:
         if engine not in without and engine not in shared:
             shared[engine] = made(config, engine, device, dtype, weights)
         part = nn.Identity() if engine in without else shared[engine]

@@ -153,15 +153,15 @@ def main(args: argparse.Namespace) -> np.ndarray:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     set_seed(args.seed)
     config, weights = config_of(args.model_path, args.layers)
+    if args.inference_mode == "trt_full_pipeline" and config.version != "n1.7":
+        raise ValueError("--inference-mode trt_full_pipeline: the script of N1.7 has it, that of N1.6 has not")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start = time.time()
     policy = networks.policy(config, device=device, weights=weights)
     if args.inference_mode == "trt_full_pipeline":
         from trt_model_forward import setup_tensorrt_engines
 
-        # N1.6's "full_pipeline" has an engine for the language model, which the stand-in has not.
-        mode = "n17_full_pipeline" if config.version == "n1.7" else "action_head"
-        setup_tensorrt_engines(policy, args.trt_engine_path, mode=mode)
+        setup_tensorrt_engines(policy, args.trt_engine_path, mode="n17_full_pipeline")
     elif args.inference_mode == "tensorrt":
         path = args.trt_engine_path
         if os.path.isdir(path):  # noqa: PTH112 (as the script has it)

@@ -35,6 +35,9 @@ class StandIn:
         )
         self.batch_feature: Any = BatchFeature
         self.s = self.config.vl_lengths[1]
+        self.engines = self.config.engines
+        #: of the set-up: what loads all of these
+        self.mode = "n17_full_pipeline" if "vl_self_attention" in self.engines else "action_head"
         self.networks: dict[str, Any] = {}  # large, and the same in every policy
 
     def policy(self, without: Collection[str] = ()) -> Any:
@@ -56,6 +59,9 @@ class Checkpoint:
 
     The head gets random features of the checkpoint's sizes, as the stand-in's does.
     """
+
+    mode = "action_head"
+    engines = ("state_encoder", "action_encoder", "dit", "action_decoder")
 
     def __init__(self, bundle: Path, model: str, tag: str, scripts: Path) -> None:
         from transformers.feature_extraction_utils import BatchFeature as TransformersBatchFeature

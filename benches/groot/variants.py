@@ -86,6 +86,11 @@ class Variant:
     #: figures of its own, for the record
     stats: Callable[[], Any] = lambda: None
     close: Callable[[], None] = lambda: None
+    #: the only S that it is for; None: any that it was prepared for
+    s: int | None = None
+
+    def takes(self, observation: Observation) -> bool:
+        return self.s in (None, observation.s)
 
 
 # Engines --------------------------------------------------------------------------------------------------------------
@@ -196,6 +201,7 @@ class Workshop:
     """Builds variants over one bundle. Engines are loaded once for each library and used by all of its variants."""
 
     source: Any
+    compile_mode: str = ""
     compile_timeout: int = 120
     loaded: dict[tuple[str, str], Any] = field(default_factory=dict)
 
@@ -225,10 +231,10 @@ class Workshop:
             loaded = self.load("binding" if library == "bare" else library, str(path))
             return BareEngine(loaded) if library == "bare" else loaded
 
-        policy = self.source.policy(without=("state_encoder", "action_encoder", "dit", "action_decoder"))
+        policy = self.source.policy(without=self.source.engines)
         kept, scripts.Engine = scripts.Engine, engine
         try:
-            self.source.setup(policy, "action_head")
+            self.source.setup(policy, self.source.mode)
         finally:
             scripts.Engine = kept
         head = policy.model.action_head
@@ -283,8 +289,10 @@ class Workshop:
             head.policy_of_bench = [policy]
             variant = Variant(name, self.get_action(head), head=head)
             if name == COMPILED:
-                head.model = torch.compile(head.model, mode="max-autotune-no-cudagraphs")
-                variant.prepare = lambda observations: self.compiled(variant, observations)
+                # For one S, with the kernels for just that: what has seen others is compiled again, for any S.
+                head.model = torch.compile(head.model, mode=self.compile_mode, dynamic=False)
+                variant.s = self.source.s
+                variant.prepare = lambda observations: self.compile(variant, observations)
             self.hook(head, stages)
             return variant
         raise ValueError(f"no variant {name!r}; there are {', '.join(NAMES)}")
@@ -336,12 +344,19 @@ class Workshop:
             close=captured.close,
         )
 
-    def compiled(self, variant: Variant, observations: Sequence[Observation]) -> None:
-        with time_limit(self.compile_timeout, "torch.compile"):
-            for observation in observations:
+    def compile(self, variant: Variant, observations: Sequence[Observation]) -> None:
+        """Three actions: with CUDA graphs, torch.compile warms up in one call and captures in the next."""
+        try:
+            with time_limit(self.compile_timeout, "torch.compile"):
                 for _ in range(3):
-                    variant.act(observation)
+                    for observation in observations:
+                        variant.act(observation)
                 torch.cuda.synchronize()
+        except TimeoutError:
+            from torch._inductor.async_compile import shutdown_compile_workers
+
+            shutdown_compile_workers()  # what they have still to do would disturb the timing of the others
+            raise
 
     def close(self) -> None:
         for engine in self.loaded.values():
@@ -350,17 +365,25 @@ class Workshop:
         self.loaded.clear()
 
 
+class _Late(BaseException):
+    """No Exception, which a compiler may take for a kernel that does not work and go on."""
+
+
 @contextlib.contextmanager
 def time_limit(seconds: int, what: str) -> Iterator[None]:
+    """Raises TimeoutError in the midst of Python code that takes longer; again and again, should it be caught there."""
+
     def late(*_: Any) -> None:
-        raise TimeoutError(f"{what} took more than {seconds} s")
+        raise _Late
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)
     try:
         yield
+    except _Late:
+        raise TimeoutError(f"{what} took more than {seconds} s") from None
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
@@ -375,7 +398,8 @@ class BareGraph:
         self.inputs = Observation(*(tensor.clone() for tensor in observation.tensors()))
         self.noise = torch.zeros((1, head.config.action_horizon, head.action_dim), dtype=torch.bfloat16, device="cuda")
         head.init_actions = self.noise  # the scripts' own way to hand noise in
-        run = self.hoisted() if hoisted else lambda: workshop.get_action(head)(self.inputs)
+        # Kept: what it made beforehand is not the graph's memory, and must live as long as the graph.
+        self.run = run = self.hoisted() if hoisted else lambda: workshop.get_action(head)(self.inputs)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

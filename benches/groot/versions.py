@@ -101,6 +101,17 @@ class Config:
         }[engine]
 
     @property
+    def engines(self) -> tuple[str, ...]:
+        """Of the head, in the order in which an action uses them."""
+        first = ("vl_self_attention",) if self.vl_self_attention_layers else ()
+        return (*first, "state_encoder", "action_encoder", "dit", "action_decoder")
+
+    @property
+    def name(self) -> str:
+        """Of its bundle: n1.7-32, and n1.7-32-vl where the vision-language tokens have an engine."""
+        return f"{self.version}-{self.num_layers}{'-vl' if self.vl_self_attention_layers else ''}"
+
+    @property
     def engine_calls(self) -> int:
         """Of one action: the state once, the vision-language tokens once where they have an engine, 3 a step."""
         return 1 + bool(self.vl_self_attention_layers) + 3 * self.num_inference_timesteps

@@ -214,6 +214,31 @@ class _Capture:
 def _abandon_capture(stream: int, device: Any = None) -> None:
     """Ends a capture that was left running on this stream, if one is."""
 
+@final
+class _Guards:
+    """Which prepared call is this one? Arguments are compared natively."""
+
+    def __new__(cls) -> Self: ...
+    def add(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], modes: Any, gradient_free: bool, value: Any
+    ) -> bool: ...
+    def remove(self, value: Any) -> None: ...
+    def find(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], modes: Any, recording: bool
+    ) -> tuple[Any, list[Any]] | None: ...
+
+@final
+class _Unchanged:
+    """Is what was found in these dicts still there: objects, tensors at their addresses, and what has to be empty?"""
+
+    def __new__(
+        cls,
+        objects: Sequence[tuple[dict[str, Any], str, Any]],
+        tensors: Sequence[tuple[dict[str, Any], str, int]],
+        empty: Sequence[Any],
+    ) -> Self: ...
+    def changed(self) -> int | None: ...
+
 def _fill(
     targets: Sequence[Any],
     sources: Sequence[Any],
@@ -232,6 +257,24 @@ def _same_bytes(first: Sequence[Any], second: Sequence[Any], *, device: Any = No
 
 def _machine(device: int = 0) -> dict[str, Any]:
     """tensorrt, cuda, sm, sm_count, gpu, memory_bytes and integrated of a GPU."""
+
+@final
+class _Latest:
+    """The newest object that was published, for readers that must not wait."""
+
+    def __new__(cls, max_age_s: float) -> Self: ...
+    def publish(self, value: Any) -> None: ...
+    def clear(self) -> None: ...
+    def get(self) -> Any:
+        """None when nothing was published for `max_age_s` seconds."""
+
+@final
+class _Sysfs:
+    """Looks at the kernel's files below a root folder."""
+
+    def __new__(cls, root: str | os.PathLike[str]) -> Self: ...
+    def sample(self) -> dict[str, Any]:
+        """What is known now, by name; None is unknown. Without the GIL, for as long as the kernel takes."""
 
 @final
 class _BuildProgress:

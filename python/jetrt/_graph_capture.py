@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import threading
 import warnings
 import weakref
@@ -40,31 +41,46 @@ class CapturedGraph:
         trees: Trees,
         result: Any,
         outputs: list[Any],
+        draws: bool,
     ) -> None:
-        self._group, self._capture, self._graph = group, capture, graph
+        self._torch, self._group, self._capture, self._graph = torch, group, capture, graph
         group.members += 1
         self.engines = tuple(capture.engines)
         # Whether results need no gradient even where gradients are recorded.
         self.gradient_free = False
         self._trees, self._result = trees, result
         self._like = [_maker_like(torch, output) for output in outputs]
+        # A launch writes torch's seed into a tensor that perhaps only inference mode may write; before 2.4 always.
+        self._writes_seed = draws or _version(torch) < (2, 4)
 
     @property
     def alive(self) -> bool:
         return self._capture.alive
 
-    def fresh(self) -> tuple[list[Any], Any]:
-        """New tensors for the outputs, from torch's allocator, and the function's result with them."""
-        outputs = [make() for make in self._like]
-        return outputs, self._trees.with_tensors(self._result, iter(outputs))
+    def replay(self, tensors: Sequence[Any], copies: bool) -> tuple[str | None, Any]:
+        """Launches the graph with these inputs: why it did not, or None; and the function's result, with new tensors
+        from torch's allocator (`copies`) or the graph's own."""
+        torch, result, like = self._torch, self._result, self._like  # another thread may free them behind the launch
+        outputs: list[Any] = []
 
-    @property
-    def static(self) -> tuple[list[Any], Any]:
-        """No new tensors: the function's result with the graph's own."""
-        return [], self._result
+        def make() -> list[Any]:
+            outputs.extend(new() for new in like)
+            return outputs
 
-    def replay(self, tensors: list[Any], outputs: list[Any]) -> str | None:
-        """Launches the graph with these inputs, into these outputs unless there are none; or why it did not."""
+        if not self._writes_seed or torch.is_inference_mode_enabled():
+            # The outputs are made while the GPU works already.
+            refused = self.launch(tensors, make if copies else ())
+        else:
+            made = make() if copies else ()
+            with torch.inference_mode():
+                refused = self.launch(tensors, made)
+        if refused is not None:
+            return refused, None
+        return None, self._trees.with_tensors(result, iter(outputs)) if copies else result
+
+    def launch(self, tensors: Sequence[Any], outputs: Any) -> str | None:
+        """Launches the graph with these inputs, into these outputs (a list, or what makes it) unless there are none; or
+        why it did not."""
         return self._capture.replay(tensors, outputs)
 
     def free(self) -> None:
@@ -159,7 +175,7 @@ class Capturer:
             with torch.inference_mode(False), torch.no_grad():
                 got = [torch.empty_like(copy) for copy in expected]
             with gate(self._device), torch.inference_mode():
-                refused = captured.replay(list(tensors), got)
+                refused = captured.launch(list(tensors), got)
             if refused is not None:
                 raise NotCapturableError(refused)
             self._wait()
@@ -271,7 +287,9 @@ class Capturer:
                     )
                 results = [f"result {k}" for k in range(len(outputs))]
                 capture.bind(graph, fixed, outputs, names, results)
-                return CapturedGraph(torch, group, capture, graph, self._trees, result, outputs)
+                return CapturedGraph(
+                    torch, group, capture, graph, self._trees, result, outputs, draws=group is self._drawing
+                )
             except BaseException as error:
                 if running:
                     with contextlib.suppress(Exception):
@@ -345,6 +363,10 @@ class Capturer:
                 ) from error
 
 
+def _version(torch: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+
+
 def _buffer_like(torch: Any, tensor: Any) -> Any:
     """An uninitialised tensor of this shape that `_fill` can write: of the same layout where that has no gaps."""
     return _maker_like(torch, tensor)()
@@ -386,6 +408,11 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def modes(torch: Any) -> tuple[bool, Any]:
+    """What else than the arguments decides which kernels torch runs: deterministic mode, autocast's dtype."""
+    return torch.are_deterministic_algorithms_enabled(), autocast_dtype(torch)
 
 
 def autocast_dtype(torch: Any) -> Any:

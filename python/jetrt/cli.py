@@ -1,4 +1,7 @@
-"""The command `jetrt`. It exits with 0, with 2 for a command line that makes no sense, with 1 for everything else."""
+"""The command `jetrt`. It exits with 0, with 2 for a command line that makes no sense, with 1 for everything else.
+
+Only the module of the command that is named is imported, so that `jetrt env` does not wait for the builder.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ import importlib
 import platform
 import sys
 from collections.abc import Sequence
-
-import numpy as np
 
 from . import _core
 from .commands import UsageError
@@ -20,11 +21,17 @@ _COMMANDS = {
     "inspect": "show what a plan is, how exact it is, and where its time goes",
     "verify": "compare a plan with its reference again, on this machine",
     "stamp": "give a plan that came without one a manifest, after running it here",
+    "bench": "measure models on runtimes: how fast, how exact, how hot",
+    "env": "show the versions, libraries and settings of this machine",
+    "doctor": "find what is wrong with this machine, with the command that fixes it",
+    "plan": "say whether a set of plans fits into the memory of this machine",
 }
 
 
 def version_text() -> str:
     """One line with everything that a bug report needs about this build."""
+    import numpy as np
+
     info = _core.build_info()
     return (
         f"jetrt {info['version']} ({info['profile']} build for {info['target']}, {info['rustc']}, "
@@ -37,18 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jetrt", description="Build, run and judge TensorRT plans.")
     parser.add_argument("--version", action="store_true", help="print the version and how it was built")
     commands = parser.add_subparsers(metavar="COMMAND")
+    words = sys.argv[1:] if argv is None else list(argv)
+    named = next((word for word in words if not word.startswith("-")), None)
     for name, does in _COMMANDS.items():
-        module = importlib.import_module(f".commands.{name}", __package__)
         described = commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
-        getattr(module, f"add_{name}")(described)
-    arguments = parser.parse_args(argv)
+        if name == named:
+            module = importlib.import_module(f".commands.{name}", __package__)
+            getattr(module, f"add_{name}")(described)
+    arguments = parser.parse_args(words)
     if arguments.version:
         print(version_text())
         return 0
     if not hasattr(arguments, "function"):
         parser.error("a COMMAND is needed; `jetrt run --help` describes the first one")
     try:
-        arguments.function(arguments)
+        code = arguments.function(arguments)
     except (UsageError, BuildOptionError) as error:
         return _fail(parser.prog, error, 2)
     except BuildCrashError as error:
@@ -58,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped", file=sys.stderr)
         return 130
-    return 0
+    return int(code or 0)  # a command may have a code of its own for what it found
 
 
 def _fail(program: str, error: Exception, code: int) -> int:

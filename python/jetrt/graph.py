@@ -22,7 +22,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal
 
-from ._graph_capture import CapturedGraph, Capturer, NotCapturableError, autocast_dtype, gate
+from . import _core
+from ._graph_capture import CapturedGraph, Capturer, NotCapturableError, gate, modes
 from ._graph_tree import Trees, UnsupportedValueError, named_arguments, parameter_names
 from .errors import GraphCaptureError, InputError
 
@@ -99,7 +100,8 @@ class LoopGraph:
         self._parameters = parameter_names(fn.forward if isinstance(fn, torch.nn.Module) else fn)
         # Preparing takes long; calls only ever wait for the other one.
         self._preparing, self._lock = threading.RLock(), threading.RLock()
-        self._graphs: OrderedDict[Hashable, _Prepared] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, Prepared] = OrderedDict()
+        self._guards = _core._Guards()  # finds those with plain arguments natively
         self._failures: dict[Hashable, str] = {}
         self._unknown: dict[Hashable, str] = {}
         self._capturers: dict[int, Capturer] = {}
@@ -111,6 +113,11 @@ class LoopGraph:
     # Calls ------------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        recording = self._torch.is_grad_enabled()
+        found = self._guards.find(args, kwargs, modes(self._torch), recording)
+        if found is not None:
+            refused, result = self.replay(*found)
+            return result if refused is None else self._run_eagerly(refused, args, kwargs)
         tensors: list[Any] = []
         try:
             key = self._key(args, kwargs, tensors)
@@ -119,37 +126,37 @@ class LoopGraph:
         prepared = self._graphs.get(key)
         if prepared is None:
             return self._run_eagerly(self._why_not(key, tensors, args, kwargs), args, kwargs)
-        torch, captured = self._torch, prepared.captured
-        if torch.is_grad_enabled():
+        if recording:
             if any(t.requires_grad for t in tensors):
                 return self._run_eagerly(_REQUIRES_GRAD, args, kwargs)
-            if not captured.gradient_free:
+            if not prepared.captured.gradient_free:
                 return self._run_eagerly(_NEEDS_GRADIENT, args, kwargs)
-        # Before the launch: another thread may evict the graph right behind it.
-        outputs, result = captured.fresh() if self._copies else captured.static
-        # torch writes its seed into a tensor of the graph's, perhaps one of inference mode.
-        if torch.is_inference_mode_enabled():
-            refused = prepared.replay(tensors, outputs)
-        else:
-            with torch.inference_mode():
-                refused = prepared.replay(tensors, outputs)
-        if refused is not None:
-            return self._run_eagerly(refused, args, kwargs)
-        with self._lock:
-            self._counts["replays"] += 1
-            if key in self._graphs:
-                self._graphs.move_to_end(key)
-        return result
+        refused, result = self.replay(prepared, tensors)
+        return result if refused is None else self._run_eagerly(refused, args, kwargs)
+
+    def replay(self, prepared: Prepared, tensors: list[Any]) -> tuple[str | None, Any]:
+        """Launches what was prepared for a call with these tensors: why it did not, or None; and the result."""
+        refused, result = prepared.replay(tensors, self._copies)
+        if refused is None:
+            with self._lock:
+                self._counts["replays"] += 1
+                if prepared.key in self._graphs:
+                    self._graphs.move_to_end(prepared.key)
+        return refused, result
+
+    def prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared | None:
+        """What was prepared for such a call."""
+        return self._graphs.get(self._key(args, kwargs, []))
 
     def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Any]) -> Hashable:
-        torch, key_of, names = self._torch, self._trees.key, self._parameters
+        key_of, names = self._trees.key, self._parameters
         parts: list[Hashable] = [
             key_of(value, tensors, names[k] if k < len(names) else f"argument #{k}") for k, value in enumerate(args)
         ]
         if kwargs:
             # In whatever order they are written at the call.
             parts += [(k, key_of(kwargs[k], tensors, k)) for k in sorted(kwargs)]
-        return (len(args), torch.are_deterministic_algorithms_enabled(), autocast_dtype(torch), *parts)
+        return (len(args), *modes(self._torch), *parts)
 
     def _why_not(self, key: Hashable, tensors: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         if self._closed:
@@ -179,16 +186,15 @@ class LoopGraph:
         return self.fn(*args, **kwargs)
 
     def _describe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        torch = self._torch
         found = [
             text
             for name, value in named_arguments(self._parameters, args, kwargs)
             for text in self._trees.describe(value, name)
         ]
-        dtype = autocast_dtype(torch)
+        deterministic, dtype = modes(self._torch)
         if dtype is not None:
             found.append(f"under autocast to {dtype}")
-        if torch.are_deterministic_algorithms_enabled():
+        if deterministic:
             found.append("with deterministic algorithms")
         return ", ".join(found) or "no arguments"
 
@@ -227,7 +233,7 @@ class LoopGraph:
                     return {**report, "engines": known.captured.engines}
                 self._make_room(key)
                 captured = self._capture(device, args, kwargs, tensors)
-                self._keep(key, _Prepared(captured, arguments, device))
+                self._keep(Prepared(captured, key, arguments, device), args, kwargs)
         except UnsupportedValueError as error:  # there is no key to remember it by: calls find out as quickly
             return {**report, "graph": False, "reason": str(error)}
         except NotCapturableError as error:
@@ -238,12 +244,13 @@ class LoopGraph:
             return {**report, "graph": False, "reason": str(error)}
         return {**report, "engines": captured.engines}
 
-    def _keep(self, key: Hashable, prepared: _Prepared) -> None:
+    def _keep(self, prepared: Prepared, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with self._lock:
             self._counts["captures"] += 1
-            self._failures.pop(key, None)
+            self._failures.pop(prepared.key, None)
             if not self._closed:
-                self._graphs[key] = prepared
+                self._graphs[prepared.key] = prepared
+                self._guards.add(args, kwargs, modes(self._torch), prepared.captured.gradient_free, prepared)
                 return
         prepared.free()  # closed meanwhile
 
@@ -270,6 +277,7 @@ class LoopGraph:
         prepared = self._graphs.get(key)
         if prepared is not None:
             prepared.free()  # first: it is refused by what runs in the middle of a launch
+            self._guards.remove(prepared)
         with self._lock:
             self._graphs.pop(key, None)
 
@@ -326,19 +334,19 @@ class LoopGraph:
         return f"<jetrt.LoopGraph {self.name}: {len(self._graphs)} graph(s){', closed' if self._closed else ''}>"
 
 
-class _Prepared:
+class Prepared:
     """A captured graph, and what it was captured for."""
 
-    def __init__(self, captured: CapturedGraph, arguments: str, device: int) -> None:
-        self.captured, self.arguments = captured, arguments
+    def __init__(self, captured: CapturedGraph, key: Hashable, arguments: str, device: int) -> None:
+        self.captured, self.key, self.arguments = captured, key, arguments
         self._gate = gate(device)
 
-    def replay(self, tensors: list[Any], outputs: list[Any]) -> str | None:
+    def replay(self, tensors: Sequence[Any], copies: bool) -> tuple[str | None, Any]:
         with self._gate:
             try:
-                return self.captured.replay(tensors, outputs)
+                return self.captured.replay(tensors, copies)
             except InputError as error:  # a lazily negated tensor, say; nothing was launched
-                return str(error)
+                return str(error), None
 
     def free(self) -> None:
         self.captured.free()

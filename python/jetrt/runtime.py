@@ -1,9 +1,10 @@
 """One interface over several ways to run a model: `InferenceRuntime`, its records, and `load`.
 
-A runtime is always chosen by name. When the one that was named cannot be had, `get_runtime` says everything that is
-missing and what is available instead; it never takes another one on its own.
+A runtime is always chosen by name. When the one that was named cannot be had, the error says everything that is
+missing and what is available instead; another one is taken only where a configuration lists it as `fallback`, and then
+`current_runtime_label` says so.
 
-    runtime = jetrt.get_runtime("tensorrt")
+    runtime = jetrt.get_runtime("tensorrt")  # or from_config("robot.toml"), or shared_runtime() for the whole program
     entry = runtime.compile_engine("model.engine")
     handle = runtime.deserialize_engine(entry)
     outputs = runtime.infer(handle, {"x": array})
@@ -14,6 +15,9 @@ missing and what is available instead; it never takes another one on its own.
 from __future__ import annotations
 
 import importlib
+import logging
+import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,15 +28,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, overload
 from .errors import PlanError, RuntimeNotAvailableError
 
 if TYPE_CHECKING:
-    import os
-
     from typing_extensions import Self
 
     from ._core import Engine
     from .runtimes._file import FileRuntime
+    from .runtimes.config import RuntimeConfig
     from .runtimes.onnx_cpu import OnnxModel
 
 __all__ = [
+    "RUNTIMES",
     "BuildConfig",
     "EngineCacheEntry",
     "EngineHandle",
@@ -42,8 +46,10 @@ __all__ = [
     "TensorDescription",
     "ThermalState",
     "available_runtimes",
+    "from_config",
     "get_runtime",
     "load",
+    "shared_runtime",
 ]
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "mixed"]
@@ -74,7 +80,7 @@ class TensorDescription(Protocol):
 
 
 class Model(Protocol):
-    """What `load` returns: `jetrt.Engine` for a plan, `jetrt.runtimes.onnx_cpu.OnnxModel` for an ONNX file."""
+    """What `load` returns, whatever runs behind it: `jetrt.Engine` for a plan."""
 
     @property
     def inputs(self) -> Mapping[str, TensorDescription]: ...
@@ -162,10 +168,27 @@ class EngineCacheEntry:
     #: The configuration that the file is known to follow; ``None`` for a plan that was built elsewhere.
     build_config: BuildConfig | None = None
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the entry as JSON, so that a program can load the same engine after a restart without compiling.
+
+        An engine in the folder of `path` or below it is written with its relative path, so that both can move
+        together. Raises `EngineBuildError` where it cannot be written.
+        """
+        from .runtimes.entry_file import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EngineCacheEntry:
+        """Reads what `save` wrote. Raises `EngineDeserializeError`; `deserialize_engine` checks the engine itself."""
+        from .runtimes.entry_file import load
+
+        return load(path)
+
 
 @dataclass(frozen=True, eq=False)
 class EngineHandle:
-    """A loaded engine. Only the runtime object that made it can use and release it."""
+    """A loaded engine. Any thread may use it; only a runtime of the same name can."""
 
     entry: EngineCacheEntry
     model: Model = field(repr=False)
@@ -209,64 +232,201 @@ class InferenceRuntime(ABC):
         """Frees the engine; releasing it again does nothing."""
 
     @abstractmethod
-    def thermal_state(self) -> ThermalState:
-        """Raises `TelemetryUnavailableError` where there is no source; a caller that steers by it should then go on
-        as if nothing were throttled, and say so once."""
+    def thermal_state(self, *, require: bool = False) -> ThermalState:
+        """The last reading of the sensors; never blocks. What is not known is ``None``, and nothing counts as throttled
+        then, with one warning. With `require` that raises `TelemetryUnavailableError` instead."""
 
     @abstractmethod
     def current_runtime_label(self) -> str:
-        """The name under which `get_runtime` knows this runtime."""
+        """The runtime's name; "onnx_cpu (fallback for tensorrt)" where a configuration allowed that."""
 
 
 # -------------------------------------------------------------------------------------------------- choose, load
 
-# Looked up by name and imported when asked for: importing jetrt must not import onnxruntime.
-_RUNTIMES = {
+#: Every runtime and its class. Imported when asked for: importing jetrt must import neither onnxruntime nor torch.
+RUNTIMES: Mapping[str, str] = {
     "tensorrt": "TensorrtRuntime",
+    "onnx_trt_ep": "OnnxTrtEpRuntime",
+    "pytorch_fp16": "PytorchFp16Runtime",
+    "torch_tensorrt": "TorchTensorrtRuntime",
     "onnx_cpu": "OnnxCpuRuntime",
+    "openvino_cpu": "OpenvinoCpuRuntime",
 }
+
+_log = logging.getLogger("jetrt.runtime")
 
 
 def _implementation(name: str) -> type[FileRuntime]:
     module = importlib.import_module(f"{__package__}.runtimes.{name}")
-    implementation: type[FileRuntime] = getattr(module, _RUNTIMES[name])
+    implementation: type[FileRuntime] = getattr(module, RUNTIMES[name])
     return implementation
 
 
 def available_runtimes() -> list[str]:
-    """Names of the runtimes that can be had here. Opens TensorRT to find out."""
-    return [name for name in _RUNTIMES if not _implementation(name).missing()]
+    """Names of the runtimes that can be had here: the BUILD_* flag is not off, and nothing that they need is missing.
 
-
-def _get(name: str, config: Mapping[str, Any]) -> FileRuntime:
-    if name not in _RUNTIMES:
-        raise RuntimeNotAvailableError(
-            f"There is no runtime {name!r}; jetrt knows {', '.join(map(repr, _RUNTIMES))}.",
-            runtime=name,
-            missing=[f"a runtime of the name {name!r}"],
-            available=available_runtimes(),
-        )
-    implementation = _implementation(name)
-    missing = implementation.missing()
-    if missing:
-        available = available_runtimes()
-        raise RuntimeNotAvailableError(
-            f"The runtime {name!r} cannot be had here. Missing: {'; '.join(missing)}. "
-            f"Available: {', '.join(map(repr, available)) or 'none'}. Nothing else was tried in its place.",
-            runtime=name,
-            missing=missing,
-            available=available,
-        )
-    return implementation(**config)
-
-
-def get_runtime(name: str, **config: Any) -> InferenceRuntime:
-    """The runtime of that name: "tensorrt" or "onnx_cpu".
-
-    `config` goes to every model that it loads: the keyword arguments of `jetrt.Engine` for "tensorrt", those of
-    `jetrt.runtimes.onnx_cpu.OnnxModel` for "onnx_cpu".
+    Opens TensorRT to find out. Packages are looked for and not imported, so one that is broken is found out when its
+    runtime is chosen.
     """
-    return _get(name, config)
+    from .runtimes.config import RuntimeConfig
+
+    return _available(RuntimeConfig(""))
+
+
+def _available(config: RuntimeConfig) -> list[str]:
+    names = RUNTIMES if config.allowed is None else config.allowed
+    return [name for name in names if not _missing(name, config, deep=False)]
+
+
+def _missing(name: str, config: RuntimeConfig, *, deep: bool) -> list[str]:
+    """Everything that keeps a runtime from being used: its flag, packages, libraries."""
+    from .runtimes.config import build_flag, flag_is_on
+
+    flag = build_flag(name)
+    reasons = []
+    if not flag_is_on(name, config.flags):
+        where = "configuration" if flag in config.flags else "environment"
+        reasons.append(f"the flag {flag}, which is OFF in the {where}; set it to ON")
+    # What is switched off is not imported either.
+    return reasons + _implementation(name).missing(config.options.get(name), deep=deep and not reasons)
+
+
+def _choose(config: RuntimeConfig) -> FileRuntime:
+    """The runtime of a configuration, or the first of its fallbacks. Raises `RuntimeNotAvailableError`."""
+    from .runtimes.config import build_flag
+
+    name = config.name
+    if config.allowed is not None and name not in config.allowed:
+        missing = [f"the runtime {name!r} among those that are allowed"]
+        said = f"The runtime {name!r} is not allowed here"
+    elif name not in RUNTIMES:
+        missing = [f"a runtime of the name {name!r}"]
+        said = f"There is no runtime {name!r}; jetrt knows {', '.join(map(repr, RUNTIMES))}"
+    else:
+        missing = _missing(name, config, deep=True)
+        if not missing:
+            return _made(name, config)
+        said = f"The runtime {name!r} cannot be had here"
+    lacking_too = {name}
+    for other in config.fallback:
+        lacking = _missing(other, config, deep=True)
+        if not lacking:
+            fields = {"runtime": other, "for": name, "missing": missing, "consumers": list(config.consumers)}
+            _log.warning(
+                "fallback: runtime=%s stands in for %s; missing: %s",
+                other,
+                name,
+                "; ".join(missing),
+                extra={"event": "fallback", "fields": fields},
+            )
+            return _made(other, config, fallback_for=name)
+        missing += [f"for the fallback {other!r}: {reason}" for reason in lacking]
+        lacking_too.add(other)
+    # Looked at closely above, which may have found what a look at the packages does not.
+    available = [each for each in _available(config) if each not in lacking_too]
+    wanted = f", which {', '.join(config.consumers)} need" + "s" * (len(config.consumers) == 1)
+    flags = ", ".join(f"{each!r} ({build_flag(each)})" for each in config.allowed or ())
+    sentences = [
+        said + (wanted if config.consumers else ""),
+        f"Missing: {'; '.join(missing)}",
+        f"Allowed here, and what switches it on: {flags}" if config.allowed is not None else "",
+        f"Available: {', '.join(map(repr, available)) or 'none'}",
+        f"Tried in its place too: {', '.join(map(repr, config.fallback))}"
+        if config.fallback
+        else "Nothing else was tried in its place",
+    ]
+    raise RuntimeNotAvailableError(
+        ". ".join(filter(None, sentences)) + ".",
+        runtime=name,
+        missing=missing,
+        available=available,
+        consumers=list(config.consumers),
+    )
+
+
+def _made(name: str, config: RuntimeConfig, fallback_for: str | None = None) -> FileRuntime:
+    return _implementation(name)(config.options.get(name), build=config.build, fallback_for=fallback_for)
+
+
+def _announced(runtime: FileRuntime, consumers: Sequence[str] = ()) -> FileRuntime:
+    label = runtime.current_runtime_label()
+    fields = {"runtime": label, "engines": [], "consumers": list(consumers)}
+    _log.info("ready: runtime=%s, engines=[]", label, extra={"event": "ready", "fields": fields})
+    return runtime
+
+
+def get_runtime(name: str, **options: Any) -> InferenceRuntime:
+    """The runtime of that name; `RUNTIMES` has them all.
+
+    `options` go to every model that it loads: the keyword arguments of `jetrt.Engine` for "tensorrt", those of
+    `jetrt.runtimes.onnx_cpu.OnnxModel` for "onnx_cpu", and so on. Raises `RuntimeNotAvailableError`.
+    """
+    return _announced(_get(name, options))
+
+
+def _get(name: str, options: Mapping[str, Any]) -> FileRuntime:
+    from .runtimes.config import RuntimeConfig
+
+    return _choose(RuntimeConfig(name, options={name: options}))
+
+
+def from_config(
+    source: Mapping[str, Any] | str | os.PathLike[str] | RuntimeConfig | None = None,
+    *,
+    allowed: Sequence[str] | None = None,
+    fallback: Sequence[str] | None = None,
+    consumers: Sequence[str] | None = None,
+) -> InferenceRuntime:
+    """A new runtime from a configuration: a mapping, a TOML file, or (``None``) the environment.
+
+    `allowed` narrows what the configuration allows, so that a program can refuse what it was never tested with;
+    `fallback` and `consumers` replace what it says. The keys are described in `jetrt.runtimes.config`. Raises
+    `RuntimeConfigError` (a `ValueError`) for an unknown key or a wrong value, and `RuntimeNotAvailableError`.
+    """
+    config = _resolved(source, allowed, fallback, consumers)
+    return _announced(_choose(config), config.consumers)
+
+
+def _resolved(
+    source: Mapping[str, Any] | str | os.PathLike[str] | RuntimeConfig | None,
+    allowed: Sequence[str] | None,
+    fallback: Sequence[str] | None,
+    consumers: Sequence[str] | None,
+) -> RuntimeConfig:
+    from .runtimes.config import narrowed, read_config
+
+    return narrowed(read_config(source), allowed, fallback, consumers)
+
+
+_shared: dict[str, FileRuntime] = {}
+_shared_lock = threading.Lock()
+
+
+def _forget_shared() -> None:
+    # In the child of a fork neither CUDA nor a lock that another thread held can be used.
+    global _shared_lock
+    _shared_lock = threading.Lock()
+    _shared.clear()
+
+
+os.register_at_fork(after_in_child=_forget_shared)
+
+
+def shared_runtime(
+    source: Mapping[str, Any] | str | os.PathLike[str] | RuntimeConfig | None = None,
+    *,
+    allowed: Sequence[str] | None = None,
+    fallback: Sequence[str] | None = None,
+    consumers: Sequence[str] | None = None,
+) -> InferenceRuntime:
+    """`from_config`, built once: every consumer and thread of the process that gives the same configuration gets the
+    same object. It lives as long as the process."""
+    config = _resolved(source, allowed, fallback, consumers)
+    key = config.key()
+    with _shared_lock:
+        if key not in _shared:
+            _shared[key] = _announced(_choose(config), config.consumers)
+        return _shared[key]
 
 
 @overload
@@ -274,22 +434,37 @@ def load(path: str | os.PathLike[str], runtime: Literal["tensorrt"] | None = Non
 @overload
 def load(path: str | os.PathLike[str], runtime: Literal["onnx_cpu"], **options: Any) -> OnnxModel: ...
 @overload
-def load(path: str | os.PathLike[str], runtime: str | None, **options: Any) -> Model: ...
-def load(path: str | os.PathLike[str], runtime: str | None = None, **options: Any) -> Model:
-    """Loads a plan or an ONNX file and returns a callable: ``model(x=array)["y"]``.
+def load(path: Any, runtime: str | None, **options: Any) -> Model: ...
+def load(path: Any, runtime: str | None = None, **options: Any) -> Model:
+    """Loads a plan, an ONNX file or a torch model and returns a callable: ``model(x=array)["y"]``.
 
-    A plan is run by "tensorrt" when no runtime is named. An ONNX file needs it named, since running it on the CPU and
-    building a plan from it are different things to ask for.
+    A plan is run by "tensorrt" when no runtime is named. Everything else needs it named, since running an ONNX file on
+    the CPU and building a plan from it are different things to ask for. "pytorch_fp16" and "torch_tensorrt" take a
+    TorchScript file, a torch.export program or a `torch.nn.Module` as `path`.
     """
     if runtime is None:
-        if Path(path).suffix.lower() == ".onnx":
+        found = _no_plan(path)
+        if found is not None:
+            what, named = found
             raise PlanError(
-                f"{path} is an ONNX file and no runtime was named. "
-                'Name it, jetrt.load(path, runtime="onnx_cpu"), or give a TensorRT plan.',
+                f"{path if isinstance(path, (str, os.PathLike)) else type(path).__name__} is {what} and no runtime was "
+                f'named. Name it, jetrt.load(…, runtime="{named}"), or give a TensorRT plan.',
                 path=str(path),
-                found="an ONNX file",
-                allowed='a TensorRT plan, or an ONNX file with runtime="onnx_cpu"',
+                found=what,
+                allowed=f'a TensorRT plan, or {what} with runtime="{named}"',
             )
         runtime = "tensorrt"
-    chosen = _get(runtime, options)
-    return chosen.open(path)
+    return _get(runtime, options).open(path)
+
+
+def _no_plan(path: Any) -> tuple[str, str] | None:
+    """What the thing is, and a runtime for it, when it surely is no plan."""
+    if not isinstance(path, (str, os.PathLike)):
+        return "an object", "pytorch_fp16"
+    kinds = {
+        ".onnx": ("an ONNX file", "onnx_cpu"),
+        ".pt2": ("a torch.export program", "pytorch_fp16"),
+        ".pt": ("a torch file", "pytorch_fp16"),
+        ".ts": ("a TorchScript file", "pytorch_fp16"),
+    }
+    return kinds.get(Path(path).suffix.lower())

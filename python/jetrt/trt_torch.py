@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import _core
+from . import _core, settings
 from .errors import (
     ClosedEngineError,
     DeviceError,
@@ -116,7 +116,7 @@ class Engine:
         self.logger = _log
         self.file = file
         self.synchronize = _flag("JETRT_TRT_SYNCHRONIZE") if synchronize is None else synchronize
-        self._graphs: Any = graphs or os.environ.get("JETRT_GRAPHS") or "off"
+        self._graphs: Any = graphs or settings.graphs()
         self._plugin_paths = list(plugins)
         self._closed = False
         self.load(file)

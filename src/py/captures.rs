@@ -150,9 +150,10 @@ impl Capture {
     /// Copies `inputs` over the graph's, launches it, and copies its outputs over `outputs` (one launch for each of the three),
     /// behind the last launch and in the order of `stream` (default: torch's current one).
     ///
-    /// inputs: one tensor for each of the graph's, of the same shape and dtype, any strides. outputs: the same, or empty. Returns
-    /// None, or why nothing was launched: a capture runs on that stream, or the graph was released. Raises ClosedEngineError
-    /// when an engine of the graph was closed.
+    /// inputs: one tensor for each of the graph's, of the same shape and dtype, any strides. outputs: the same, or empty, or a
+    /// callable that returns them; it is called when the graph was launched, while the GPU works. Returns None, or why nothing was
+    /// launched: a capture runs on that stream, or the graph was released. Raises ClosedEngineError when an engine of the graph was
+    /// closed.
     #[pyo3(signature = (inputs, outputs, stream = None))]
     fn replay<'py>(
         &self,
@@ -167,13 +168,20 @@ impl Capture {
         };
         let device = self.record.launches.device;
         let stream = stream_of(py, stream, device.ordinal)?;
+        let read_outputs = |outputs: &Bound<'py, PyAny>| -> PyResult<Tensors> {
+            let name = |k: usize| graph.outputs.get(k).map(Fixed::name);
+            let targets = Tensors::read(outputs, name, stream, device.ordinal)?;
+            let found = targets.views.len();
+            (found == 0 || found == graph.outputs.len())
+                .then_some(targets)
+                .ok_or_else(|| wrong_count(found, graph.outputs.len(), "outputs").into())
+        };
         let mut sources = Tensors::read(inputs, |k| graph.inputs.get(k).map(Fixed::name), stream, device.ordinal)?;
-        let mut targets = Tensors::read(outputs, |k| graph.outputs.get(k).map(Fixed::name), stream, device.ordinal)?;
-        if sources.views.len() != graph.inputs.len() || !(targets.views.is_empty() || targets.views.len() == graph.outputs.len()) {
-            let found = format!("{} inputs and {} outputs", sources.views.len(), targets.views.len());
-            let allowed = format!("{} inputs and {} outputs (or none)", graph.inputs.len(), graph.outputs.len());
-            return Err(Error::input(Kind::InputName, "#", found, allowed, "Pass one tensor for each.").into());
+        if sources.views.len() != graph.inputs.len() {
+            return Err(wrong_count(sources.views.len(), graph.inputs.len(), "inputs").into());
         }
+        let made_later = outputs.is_callable();
+        let given = if made_later { Tensors::default() } else { read_outputs(outputs)? };
         let before: Inline<Pair<'_>> = sources.over(&graph.inputs);
         let turn = py.detach(|| -> Result<_> {
             let _entered = device.enter()?;
@@ -184,7 +192,6 @@ impl Capture {
                 return Ok(Err(RELEASED));
             };
             sources.order(device, stream)?;
-            targets.order(device, stream)?;
             fill(&graph.kernel, device.ordinal, &before, &turn.stream)?;
             Ok(Ok(turn))
         })?;
@@ -193,9 +200,11 @@ impl Capture {
             Err(why) => return Ok(Some(why)),
         };
         graph.graph.call_method0(py, intern!(py, "replay"))?;
+        let mut targets = if made_later { read_outputs(&outputs.call0()?)? } else { given };
         let after: Inline<Pair<'_>> = targets.from(&graph.outputs);
         py.detach(|| -> Result<()> {
             let _entered = device.enter()?;
+            targets.order(device, stream)?;
             fill(&graph.kernel, device.ordinal, &after, &turn.stream)?;
             drop(turn);
             Ok(())
@@ -424,7 +433,12 @@ impl Tensors {
     }
 }
 
-fn read(tensor: &Bound<'_, PyAny>, name: &str, stream: Option<u64>, device: i32) -> PyResult<Imported> {
+fn wrong_count(found: usize, allowed: usize, what: &str) -> Error {
+    let (found, allowed) = (format!("{found} {what}"), format!("{allowed} {what}"));
+    Error::input(Kind::InputName, "#", found, allowed, "Pass one tensor for each.")
+}
+
+pub(super) fn read(tensor: &Bound<'_, PyAny>, name: &str, stream: Option<u64>, device: i32) -> PyResult<Imported> {
     let mut one = import(tensor, name, stream, device)?;
     resolve_place(&mut one)?;
     Ok(one)

@@ -134,6 +134,12 @@ pub fn library_of(obj: &Bound<'_, PyAny>) -> Library {
     known(obj).library
 }
 
+/// Is it a `torch.Tensor` itself, no subclass?
+pub fn is_torch_tensor(obj: &Bound<'_, PyAny>) -> bool {
+    let known = known(obj);
+    known.library == Library::Torch && known.exact
+}
+
 /// The exchange table of `torch.Tensor`, where torch is imported and has one.
 pub fn torch_exchange(py: Python<'_>) -> Option<Exchange> {
     static TABLE: PyOnceLock<Option<Exchange>> = PyOnceLock::new();

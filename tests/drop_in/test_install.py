@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import importlib
 import inspect
@@ -86,12 +87,39 @@ def head_forward(self, backbone_output, action_input{options}):
     return BatchFeature(data={{"action_pred": actions}})
 
 
+def backbone_forward(self, vl_input):
+    """Patches in the places of the image tokens, as N1.6 warns of a wrong number of them and N1.7 runs the engines."""
+    ids, pixels, attended = vl_input["input_ids"], vl_input["pixel_values"], vl_input["attention_mask"]
+    self.vit_engine.set_runtime_tensor_shape("pixel_values", pixels.shape)
+    patches = self.vit_engine(pixels)["image_embeds"].to(torch.bfloat16)
+    embeds, places = self._embedding_layer(ids), int((ids == self._image_token_id).sum().item())
+    if places != patches.shape[0]:
+        there = f"{{places}} image_token slots vs {{patches.shape[0]}} ViT output tokens"
+        logger.warning(f"Vision token count mismatch: {{there}}. Truncating to min.")
+    embeds = torch.cat((patches.unsqueeze(0), embeds[:, places:]), dim=1)
+    self.llm_engine.set_runtime_tensor_shape("inputs_embeds", embeds.shape)
+    self.llm_engine.set_runtime_tensor_shape("attention_mask", attended.shape)
+    position_ids = torch.zeros(3, *ids.shape, dtype=torch.int64, device=ids.device)
+    self.llm_engine.set_runtime_tensor_shape("position_ids", position_ids.shape)
+    features = self.llm_engine(embeds, attended, position_ids)["embeddings"]
+    masks = {{"backbone_attention_mask": attended == 1, "image_mask": ids == self._image_token_id}}
+    return BatchFeature(data={{"backbone_features": features, **masks}})
+
+
 def setup_tensorrt_engines(policy, trt_engine_path, mode="n17_full_pipeline"):
     """Set up."""
     calls.append(mode)
-    head = policy.model.action_head
-    if mode not in ("dit_only", "action_head", "n17_full_pipeline", "full_pipeline"):
+    backbone, head = policy.model.backbone, policy.model.action_head
+    if mode not in ("dit_only", "action_head", "vit_llm_only", "n17_full_pipeline", "full_pipeline"):
         raise ValueError(f"Unknown mode: {{mode}}. Expected others.")
+    if mode == "vit_llm_only":
+        backbone._image_token_id = backbone.model.config.image_token_index
+        backbone._embedding_layer = torch.nn.Embedding(64, 64, device="cuda", dtype=torch.bfloat16)
+        del backbone.model
+        backbone.vit_engine = Engine(os.path.join(trt_engine_path, "vit.engine"))
+        backbone.llm_engine = Engine(os.path.join(trt_engine_path, "llm_bf16.engine"))
+        backbone.forward = partial(backbone_forward, backbone)
+        return
     del head.model
     if mode == "dit_only":
         head.dit_engine = Engine(os.path.join(trt_engine_path, "dit_bf16.engine"))
@@ -106,7 +134,7 @@ def setup_tensorrt_engines(policy, trt_engine_path, mode="n17_full_pipeline"):
         Engine(os.path.join(trt_engine_path, "state_encoder.engine"))
         raise RuntimeError("the second engine could not be loaded")
     if os.path.exists(os.path.join(trt_engine_path, "vit_bf16.engine")):
-        policy.model.backbone.vit_engine = Engine(os.path.join(trt_engine_path, "vit_bf16.engine"))
+        backbone.vit_engine = Engine(os.path.join(trt_engine_path, "vit_bf16.engine"))
     for name in ("state_encoder", "action_encoder", "action_decoder"):
         setattr(head, name + "_engine", Engine(os.path.join(trt_engine_path, name + ".engine")))
     head.dit_engine = Engine(os.path.join(trt_engine_path, "dit_bf16.engine"))
@@ -199,10 +227,11 @@ def test_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_twice_is_once() -> None:
     module = script()
+    own = dict(vars(module))
     assert len(install(module)) == 3
     assert install(module) == []
     undo()
-    assert "tensorrt" in inspect.getsource(installing) or not hasattr(module.TensorRTDiTWrapper, "core")
+    assert vars(module) == own
 
 
 def test_a_second_script_is_added() -> None:
@@ -358,6 +387,69 @@ def test_the_default_mode_is_the_scripts(forward: Any, tmp_path: Path) -> None:
     forward.close_tensorrt_engines(policy)
 
 
+def test_the_mode_may_be_the_scripts_enum(forward: Any, tmp_path: Path) -> None:
+    """Newer versions have `InferenceMode`, of strings."""
+    mode = enum.Enum("InferenceMode", {"action_head": "action_head"}, type=str)
+    policy = groot_rig.policy()
+    forward.setup_tensorrt_engines(policy, str(write_bundle(tmp_path / "b")), mode=mode.action_head)
+    assert forward.calls == [mode.action_head]
+    assert policy.model.action_head.dit_engine.core.stats["calls"] == 0
+    forward.close_tensorrt_engines(policy)
+    missing = write_bundle(tmp_path / "c", {})
+    with pytest.raises(FileNotFoundError, match=r"action_decoder\.engine"):
+        forward.setup_tensorrt_engines(groot_rig.policy(), str(missing), mode=mode.action_head)
+
+
+def backbone_features() -> standin.BatchFeature:
+    ids = torch.arange(20, device="cuda").reshape(1, 20) + 8
+    ids[:, :16] = 7  # the image's tokens
+    pixels = torch.randn(16, 64, device="cuda").to(torch.bfloat16).float()
+    return standin.BatchFeature(data={"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels})
+
+
+def test_a_backbone_of_engines_with_the_hooks_of_the_verification(forward: Any, tmp_path: Path) -> None:
+    """It hooks the backbone before the set-up and after it, clones what it sees, and asks the vision engine's type."""
+    policy, seen = groot_rig.policy(), []
+    backbone, head = policy.model.backbone, dict(vars(policy.model.action_head))
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        seen.append(output["backbone_features"].detach().clone())
+        return output
+
+    backbone.register_forward_hook(hook)
+    given = backbone_features()
+    backbone(given)
+    forward.setup_tensorrt_engines(policy, str(write_bundle(tmp_path / "b", backbone_plans())), mode="vit_llm_only")
+    backbone.register_forward_hook(hook)
+    assert policy.model.backbone is backbone
+    assert isinstance(backbone.forward, functools.partial)
+    assert (backbone.vit_engine.dtype_of("pixel_values"), backbone._image_token_id) == (torch.float32, 7)
+    with torch.inference_mode():
+        found = policy.model.backbone(given)
+    expected = torch.cat(
+        (given["pixel_values"].to(torch.bfloat16).unsqueeze(0), backbone._embedding_layer(given["input_ids"])[:, 16:]),
+        dim=1,
+    )
+    assert torch.equal(found["backbone_features"], expected)
+    assert len(seen) == 3
+    assert torch.equal(seen[1], expected)
+    assert torch.equal(seen[2], expected)
+    assert dict(vars(policy.model.action_head)) == head  # stays in torch
+    assert rig.trt().live("ICudaEngine") == 2
+    forward.close_tensorrt_engines(policy)
+    assert rig.trt().live("ICudaEngine") == 0
+
+
+@pytest.mark.parametrize("name", ["vit.engine", "llm_bf16.engine"])
+def test_a_backbone_without_one_of_its_engines_is_a_missing_file(forward: Any, tmp_path: Path, name: str) -> None:
+    plans = {file: plan for file, plan in backbone_plans().items() if file != name}
+    policy = groot_rig.policy()
+    with pytest.raises(FileNotFoundError, match=name):
+        forward.setup_tensorrt_engines(policy, str(write_bundle(tmp_path / "b", plans)), mode="vit_llm_only")
+    assert forward.calls == []
+    assert hasattr(policy.model.backbone, "model")
+
+
 def test_a_bad_bundle_is_told_before_anything_is_deleted(forward: Any, tmp_path: Path) -> None:
     policy = groot_rig.policy()
     for bundle, wrong in (
@@ -495,8 +587,22 @@ def test_real_time_chunking_is_refused_by_the_engines_loop(folder: Path, tmp_pat
     trt_model_forward.close_tensorrt_engines(policy)
 
 
-def test_a_mismatch_of_tokens_is_an_error(forward: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """N1.6's backbone warns, and assigns into a copy: the image tokens stay zero."""
+def test_a_wrong_number_of_image_tokens_stops_the_backbone(forward: Any, tmp_path: Path) -> None:
+    """N1.6's warns, and assigns into a copy: the image tokens stay zero."""
+    policy = groot_rig.policy()
+    forward.setup_tensorrt_engines(policy, str(write_bundle(tmp_path / "b", backbone_plans())), mode="vit_llm_only")
+    given = backbone_features()
+    policy.model.backbone(given)
+    given["input_ids"][:, 15] = 8
+    with pytest.raises(
+        ShapeError, match=r"^input 'pixel_values': found .*15 image_token slots vs 16 ViT output tokens"
+    ):
+        policy.model.backbone(given)
+    assert policy.model.backbone.llm_engine.core.stats["calls"] == 1
+    forward.close_tensorrt_engines(policy)
+
+
+def test_other_lines_of_that_logger_stay_lines(forward: Any, caplog: pytest.LogCaptureFixture) -> None:
     text = "Vision token count mismatch: 80 image_token slots vs 81 ViT output tokens. Truncating to min."
     with pytest.raises(ShapeError, match=r"80 image_token slots vs 81 ViT output tokens"):
         forward.logger.warning(text)
@@ -510,7 +616,7 @@ def test_a_mismatch_of_tokens_is_an_error(forward: Any, caplog: pytest.LogCaptur
         forward.logger.warning("Unexpected state shape: %s", "[1]")
         forward.logger.info("loaded")
     assert [record.message for record in caplog.records] == ["Unexpected state shape: [1]", "loaded"]
-    assert caplog.records[0].funcName == "test_a_mismatch_of_tokens_is_an_error"
+    assert caplog.records[0].funcName == "test_other_lines_of_that_logger_stay_lines"
 
 
 # optimize -------------------------------------------------------------------------------------------------------------

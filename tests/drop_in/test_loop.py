@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from textwrap import dedent
 from types import SimpleNamespace
 from typing import Any
 
+import exits
 import numpy as np
 import pytest
 import rig
@@ -117,21 +120,24 @@ def act(policy: Any, s: int = S, *, seed: int | None = None, number: int = 0, **
     if seed is not None:
         torch.manual_seed(seed)
     config = policy.model.action_head.config
-    history = config.state_history_length
     with torch.inference_mode():
-        image = torch.arange(s, device="cuda").unsqueeze(0) < s // 2
-        output = BatchFeature(
-            {
-                "backbone_features": values((1, s, WIDTH), number),
-                "backbone_attention_mask": torch.ones((1, s), dtype=torch.bool, device="cuda"),
-                "image_mask": image,
-            }
-        )
-        given = BatchFeature({"state": values((1, history, ACTION), number + 1), "embodiment_id": ids(number)})
+        output, given = head_inputs(policy, s, number)
         given.update(more.pop("action_input", {}))
         options = () if config.version == "n1.6" else (more.pop("options", None),)
         assert not more
         return policy.model.action_head.get_action(output, given, *options)
+
+
+def head_inputs(policy: Any, s: int = S, number: int = 0) -> tuple[BatchFeature, BatchFeature]:
+    """backbone_output and action_input of the observation of this number."""
+    history = policy.model.action_head.config.state_history_length
+    output = {
+        "backbone_features": values((1, s, WIDTH), number),
+        "backbone_attention_mask": torch.ones((1, s), dtype=torch.bool, device="cuda"),
+        "image_mask": torch.arange(s, device="cuda").unsqueeze(0) < s // 2,
+    }
+    given = {"state": values((1, history, ACTION), number + 1), "embodiment_id": ids(number)}
+    return BatchFeature(output), BatchFeature(given)
 
 
 def values(shape: tuple[int, ...], number: int) -> Any:
@@ -323,6 +329,18 @@ def test_twenty_actions_after_a_seed_are_the_originals(set_up: Callable[..., Any
     handle.undo()
 
 
+@pytest.mark.parametrize("kind", ["dit", "bundle"])
+def test_twenty_actions_after_the_scripts_set_seed(set_up: Callable[..., Any], kind: str) -> None:
+    """Which also makes torch deterministic, so that it fills what it allocates."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    policy = set_up("n1.7", kind)
+    expected = chunks(policy, lengths=(8, 11))
+    handle = optimize(policy, example=[8, 11])
+    assert chunks(policy, lengths=(8, 11)) == expected
+    assert handle.stats["replays"] == 20
+    handle.undo()
+
+
 @every_kind
 def test_results_are_what_the_original_returns(set_up: Callable[..., Any], version: str, kind: str) -> None:
     policy = set_up(version, kind)
@@ -400,6 +418,12 @@ def test_a_length_that_was_not_prepared(optimized: Callable[..., Any], caplog: p
     assert seen["features"] == (1, 12, WIDTH)
     assert seen["steps"] == 4
     assert handle.stats["captures"] == 1  # a live call captures nothing
+    counts: list[dict[str, int]] = []
+    for call in (lambda: handle_original(policy, handle, 12), lambda: act(policy, 12, seed=1)):
+        torch._standin.counts.clear()
+        call()
+        counts.append(dict(torch._standin.counts))
+    assert counts[0] == counts[1]  # nor does it wait for a comparison, or do anything else besides
 
     (report,) = handle.prepare()  # what has come so far
     assert report["shapes"]["features"] == (1, 12, WIDTH)
@@ -726,6 +750,28 @@ def test_a_part_that_cannot_be_captured(set_up: Callable[..., Any]) -> None:
     handle.undo()
 
 
+@pytest.mark.parametrize("kind", ["dit", "bundle"])
+def test_where_every_capture_fails(set_up: Callable[..., Any], kind: str) -> None:
+    """The driver refuses, as one fork reports of JetPack 6.2.1: the actions are the same, and the reason is told."""
+    policy = set_up("n1.7", kind)
+    expected = chunks(policy, 3)
+    handle = optimize(policy)
+    rig.cuda().set("capture_fail", 900)
+    try:
+        (report,) = handle.prepare(S)
+        assert not report["captured"]
+        assert "operation not permitted when stream is capturing" in report["reason"]
+        captures = rig.cuda().count("cuStreamBeginCapture_v2")
+        assert chunks(policy, 3) == expected
+        assert rig.cuda().count("cuStreamBeginCapture_v2") == captures  # remembered
+    finally:
+        rig.cuda().set("capture_fail", 0)
+    assert (handle.stats["eager"], handle.stats["reasons"]) == (3, {report["reason"]: 3})
+    assert handle.prepare(S)[0]["captured"]  # tried again when asked
+    assert chunks(policy, 3) == expected
+    handle.undo()
+
+
 def test_engines_that_wait_cannot_be_captured(optimized: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JETRT_TRT_SYNCHRONIZE", "1")
     policy, handle = optimized("n1.7", "bundle")
@@ -991,3 +1037,65 @@ def test_two_threads(optimized: Callable[..., Any]) -> None:
         thread.join()
     assert wrong == []
     assert handle.stats["replays"] == 40
+
+
+# Processes of their own -----------------------------------------------------------------------------------------------
+
+HERE = Path(__file__).resolve().parent
+PATHS = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+START = """
+    import sys
+    import test_loop
+    import torch
+    from jetrt.groot import TensorRTDiTWrapper, optimize, replace_dit_with_tensorrt
+
+    policy, wrapper = test_loop.make_policy("n1.7"), TensorRTDiTWrapper(sys.argv[1])
+    replace_dit_with_tensorrt(policy, sys.argv[1], preloaded_trt=wrapper)
+    close = wrapper.close
+    del wrapper
+    handle = optimize(policy, example=test_loop.S)
+    def act():
+        return test_loop.act(policy)
+    result = act()
+    assert handle.stats["replays"] == 1
+"""
+
+
+@pytest.mark.parametrize("way", exits.LOOP)
+def test_interpreter_exit(folder: Callable[..., Path], way: str) -> None:
+    exits.run(exits.programs(START, exits.LOOP)[way], folder() / "dit_bf16.engine", PYTHONPATH=PATHS)
+
+
+def test_on_the_second_gpu(folder: Callable[..., Path]) -> None:
+    """Whichever is the current one; random numbers are those of the second."""
+    program = """
+        import sys
+        import test_loop
+        import torch
+        from jetrt.groot import optimize, replace_dit_with_tensorrt
+
+        with torch.cuda.device(1):
+            policy = test_loop.make_policy("n1.7")
+            given = [test_loop.head_inputs(policy, number=n) for n in range(4)]
+        replace_dit_with_tensorrt(policy, sys.argv[1], 1)
+        assert torch.cuda.current_device() == 1
+
+        def actions():
+            torch.manual_seed(5)
+            with torch.inference_mode():
+                found = [policy.model.action_head.get_action(*map(type(one[0]), one)) for one in given]
+            assert all(result["action_pred"].device.index == 1 for result in found)
+            return [test_loop.chunk(result) for result in found]
+
+        for current in (1, 0):
+            torch.cuda.set_device(current)
+            expected, state = actions(), torch.cuda.get_rng_state(0)
+            handle = optimize(policy, example=test_loop.S)
+            assert actions() == expected
+            assert handle.stats["replays"] == 4, handle.stats
+            assert torch.cuda.current_device() == current
+            assert torch.equal(torch.cuda.get_rng_state(0), state)
+            handle.undo()
+        print("done", flush=True)
+    """
+    exits.run(dedent(program), folder() / "dit_bf16.engine", PYTHONPATH=PATHS, FAKE_CUDA_DEVICES="2")

@@ -6,7 +6,9 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import groot_rig
@@ -59,16 +61,22 @@ def test_largest_first_and_what_it_took(sized: Any) -> None:
     assert load_report()[-3:] == rows
 
 
-def test_the_peak_is_seen_while_it_loads(sized: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT may take memory while it deserialises that it gives back afterwards."""
-    path = sized("a.engine", 1)
-    original, readings = preloading._core.Engine, iter([100 * MB, 60 * MB])
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading takes a while."""
+    original = preloading._core.Engine
 
-    def slow(*args: Any, **kwargs: Any) -> Any:
+    def load(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0.1)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(preloading._core, "Engine", slow)
+    monkeypatch.setattr(preloading._core, "Engine", load)
+
+
+def test_the_peak_is_seen_while_it_loads(sized: Any, slow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT may take memory while it deserialises that it gives back afterwards."""
+    path = sized("a.engine", 1)
+    readings = iter([100 * MB, 60 * MB])
     monkeypatch.setattr(
         preloading,
         "available",
@@ -87,7 +95,7 @@ def test_a_set_that_cannot_fit_is_refused_before_a_byte_is_read(sized: Any, monk
     with pytest.raises(OutOfMemoryError) as info:
         preload(paths, memory_budget="4M")
     assert str(info.value).startswith(
-        "these engines do not fit: a.engine 0.00 GB + b.engine 0.00 GB = 0.01 GB; memory_b"
+        "these engines do not fit: a.engine 3.0 MiB + b.engine 2.0 MiB = 5.0 MiB; memory_b"
     )
     assert "Nothing was read." in str(info.value)
     assert isinstance(info.value, MemoryError)
@@ -95,7 +103,7 @@ def test_a_set_that_cannot_fit_is_refused_before_a_byte_is_read(sized: Any, monk
     assert info.value.free == 4 * MB
     assert opened == []
     monkeypatch.setattr(preloading, "available", lambda device: 4 * MB)
-    with pytest.raises(OutOfMemoryError, match=r"0\.01 GB; 0\.00 GB are free"):
+    with pytest.raises(OutOfMemoryError, match=r"5\.0 MiB; 4\.0 MiB are free"):
         preload(paths)
     assert opened == []
 
@@ -216,9 +224,33 @@ def test_a_subclass_of_the_engine_finds_it_too(tmp_path: Path) -> None:
     assert len(load_report()) == count
 
 
-def test_available_memory_is_the_systems_where_it_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[True, None], ids=["unified", "own"])
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """Whose GPU shares the system's memory, or has its own; and what of it was read."""
+    found = SimpleNamespace(unified=request.param, identified=0, readings=0)
+
+    def identify() -> Any:
+        found.identified += 1
+        return preloading.platform.Platform(arch="aarch64", integrated=found.unified)
+
+    def meminfo() -> dict[str, int]:
+        found.readings += 1
+        return {"MemAvailable": 123 * MB}
+
+    monkeypatch.setattr(preloading.platform, "identify", identify)
+    monkeypatch.setattr(preloading.platform, "meminfo", meminfo)
+    preloading._unified.cache_clear()
+    yield found
+    preloading._unified.cache_clear()
+
+
+def test_available_memory_is_the_systems_where_it_is_shared(machine: SimpleNamespace) -> None:
     """There the driver's figure leaves out what the page cache would give back."""
-    assert preloading.available(0) == torch.cuda.mem_get_info(0)[0]
-    orin = preloading.platform.Platform(arch="aarch64", memory_available=123 << 20, integrated=True)
-    monkeypatch.setattr(preloading.platform, "identify", lambda: orin)
-    assert preloading.available(0) == 123 << 20
+    assert preloading.available(0) == (123 * MB if machine.unified else torch.cuda.mem_get_info(0)[0])
+
+
+def test_the_machine_is_identified_once(sized: Any, slow: None, machine: SimpleNamespace) -> None:
+    """Not in each reading while an engine loads."""
+    preloading.load_core(sized("a.engine", 1), 0, "wrapper").close()
+    assert machine.identified == 1
+    assert (machine.readings > 2) is (machine.unified is True)

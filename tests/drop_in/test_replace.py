@@ -234,17 +234,27 @@ def test_a_float_timestep_stops_the_loop_by_name(dit: Any) -> None:
 
 @pytest.mark.parametrize("head", [standin.ActionHeadN16, standin.ActionHeadN17])
 def test_a_whole_action_head_runs_over_it(dit: Any, head: Any) -> None:
-    """The head's own loop, in torch, with the engine in it: the same as with the engine called by hand."""
-    policy = groot_rig.policy(head=head)
-    replace_dit_with_tensorrt(policy, dit)
-    output, given = head_inputs()
-    torch.manual_seed(3)
-    with torch.inference_mode():
-        first = policy.model.action_head.get_action(output, given)["action_pred"]
+    """The head's own loop, in torch, with the engine in it: the same as with the engine's arithmetic in its place."""
+    replaced, by_hand = groot_rig.policy(head=head), groot_rig.policy(head=head)
+    replace_dit_with_tensorrt(replaced, dit)
+    steps = []
+
+    def forward(
+        hidden_states: Any, encoder_hidden_states: Any, timestep: Any, image_mask: Any, backbone_attention_mask: Any
+    ) -> Any:
+        given = (hidden_states, encoder_hidden_states, timestep, image_mask, backbone_attention_mask)
+        steps.append(int(timestep[0].item()))
+        return torch.tensor(groot_rig.Inputs(*given).expected()).to(torch.bfloat16).to("cuda")
+
+    by_hand.model.action_head.model.forward = forward
+    actions = []
+    for policy in (replaced, by_hand):
         torch.manual_seed(3)
-        again = policy.model.action_head.get_action(*head_inputs())["action_pred"]
-    assert first.shape == (1, 4, 64)
-    assert torch.equal(first, again)
+        with torch.inference_mode():
+            actions.append(policy.model.action_head.get_action(*head_inputs())["action_pred"])
+    assert steps == [0, 250, 500, 750]
+    assert actions[0].shape == (1, 4, 64)
+    assert torch.equal(*actions)
 
 
 # The backbone ---------------------------------------------------------------------------------------------------------

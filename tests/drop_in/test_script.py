@@ -49,7 +49,13 @@ class Observation:
 
 
 def replace_dit_with_tensorrt(policy, trt_engine_path: str, device: int = 0):
-    policy.model.action_head.model.forward = TensorRTDiTWrapper(trt_engine_path, device)
+    dit = TensorRTDiTWrapper(trt_engine_path, device=device)
+
+    def trt_forward(sa, vl, timestep, mask=None, hidden=False, image_mask=None, backbone_attention_mask=None):
+        masks = {"image_mask": image_mask, "backbone_attention_mask": backbone_attention_mask}
+        return dit(sa_embs=sa, vl_embs=vl, timestep=timestep, **masks)
+
+    policy.model.action_head.model.forward = trt_forward
 
 
 def main(args):
@@ -78,14 +84,12 @@ if __name__ == "__main__":
 '''
 
 
-def run(
-    arguments: list[Any], *, folder: Path | None = None, env: dict[str, Any] | None = None, code: int = 0
-) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **{key: str(value) for key, value in (env or {}).items()}}
-    paths = [str(HERE), str(HERE.parent), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    done = subprocess.run(
-        [sys.executable, "-m", "jetrt.groot", *map(str, arguments)],
+def alone(command: list[Any], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`python COMMAND`."""
+    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
         env=environment,
         cwd=folder,
         capture_output=True,
@@ -93,6 +97,11 @@ def run(
         timeout=100,
         check=False,
     )
+
+
+def run(arguments: list[Any], *, folder: Path | None = None, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """`python -m jetrt.groot ARGUMENTS`."""
+    done = alone(["-m", "jetrt.groot", *arguments], folder=folder)
     assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -122,14 +131,29 @@ def test_seam_a_without_an_edit_and_without_tensorrt(script: Any, dit: Path) -> 
     done = run([script(), "--inference-mode", "tensorrt", "--trt-engine-path", dit])
     assert done.stdout.splitlines() == ["same True", "loads 1"]
     # The same script by itself uses its own class, and fails for want of the package.
-    alone = subprocess.run(
-        [sys.executable, script(), "--inference-mode", "tensorrt", "--trt-engine-path", dit],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), os.environ["PYTHONPATH"]])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "No module named 'tensorrt'" in alone.stderr
+    done = alone([script(), "--inference-mode", "tensorrt", "--trt-engine-path", dit])
+    assert "No module named 'tensorrt'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import jetrt.groot; jetrt.groot.install()",
+        "from jetrt.groot import TensorRTDiTWrapper",  # the script's own replace_* looks the class up when it is called
+        "from jetrt.groot import replace_dit_with_tensorrt",
+    ],
+)
+def test_one_line_below_the_classes_instead_of_the_runner(script: Any, dit: Path, line: str) -> None:
+    path = script(SCRIPT.replace("\ndef main(args):", f"\n{line}\n\n\ndef main(args):"))
+    done = alone([path, "--inference-mode", "tensorrt", "--trt-engine-path", dit])
+    assert done.stdout.splitlines() == ["same True", "loads 1"], done.stderr
+
+
+def test_the_same_line_above_them_does_nothing(script: Any, dit: Path) -> None:
+    """The script's own `class` statements bind the names again."""
+    path = script(SCRIPT.replace("LOADED = []", "from jetrt.groot import TensorRTDiTWrapper"))
+    done = alone([path, "--inference-mode", "tensorrt", "--trt-engine-path", dit])
+    assert "No module named 'tensorrt'" in done.stderr
 
 
 def test_seams_b_and_c_without_an_edit(script: Any, tmp_path: Path) -> None:
@@ -315,6 +339,8 @@ def test_classes_of_main_are_pickled_and_pools_work(script: Any) -> None:
             return Observation(observation.number * 2)
 
         if __name__ == "__main__":
+            import inspect
+            print(inspect.getsource(Observation).splitlines()[0])  # where the scripts' parser finds its help texts
             copy = pickle.loads(pickle.dumps(Observation(3)))
             print(type(copy) is Observation, copy.number)
             with ThreadPoolExecutor(1) as pool:
@@ -325,7 +351,7 @@ def test_classes_of_main_are_pickled_and_pools_work(script: Any) -> None:
                 print([o.number for o in pool.map(double, [Observation(1), Observation(2)])])
         """
     )
-    assert run([path]).stdout.splitlines() == ["True 3", "6", "[2, 4]"]
+    assert run([path]).stdout.splitlines() == ["class Observation:", "True 3", "6", "[2, 4]"]
 
 
 def test_names_after_the_guard_and_a_second_guard(script: Any) -> None:

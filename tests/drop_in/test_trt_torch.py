@@ -9,13 +9,14 @@ import pickle
 import re
 import subprocess
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import exits
 import numpy as np
 import pytest
 import rig
@@ -24,6 +25,7 @@ import torch
 import fakes
 import jetrt
 from jetrt import errors
+from jetrt.graph import graph
 from jetrt.lookalikes import DataType, TensorIOMode
 from jetrt.trt_torch import Engine, EngineAssertionError, GraphSafeEngine, PlanAssertionError, torch_type
 
@@ -116,6 +118,15 @@ def test_a_missing_file(clean: None, tmp_path: Path) -> None:
         Engine(tmp_path / "absent.engine")
 
 
+def test_a_folder_is_no_plan(clean: None, plan: Any) -> None:
+    """It is one in `jetrt.groot` alone, where the names of the files are known."""
+    folder = plan("dit5", name="dit_bf16.engine").parent
+    with pytest.raises(AssertionError, match=r"this is a directory \(with dit_bf16\.engine\)"):
+        Engine(folder)
+    with pytest.raises(errors.PlanError, match="this is a directory"):
+        jetrt.Engine(folder)
+
+
 def test_a_type_that_torch_does_not_bind(clean: None, plan: Any) -> None:
     with pytest.raises(TypeError, match="Could not resolve TensorRT datatype"):
         Engine(plan(fakes.copy_of("float8_e4m3fn", [4])))
@@ -171,6 +182,14 @@ print(ctypes.CDLL(None).jetrt_test_plugin())
     assert done.stdout.splitlines()[-1] == "7"
     with pytest.raises(OSError, match="absent"):
         Engine(fakes.write_plan(tmp_path / "n.plan"), [str(tmp_path / "absent.so")])
+
+
+def test_tensorrts_own_plugins_are_there_unasked(tmp_path: Path) -> None:
+    """Plans with `EfficientNMS_TRT` and the like need libnvinfer_plugin."""
+    code = "import sys, fakes; from jetrt.trt_torch import Engine; Engine(sys.argv[1], []); Engine(sys.argv[1])\n"
+    code += "print(fakes.FakeTrt().count('initLibNvInferPlugins'))"
+    done = fakes.run_python(code, str(fakes.write_plan(tmp_path / "m.plan")))
+    assert done.stdout.splitlines()[-1] == "1"
 
 
 def test_nothing_is_pinned_until_exit(clean: None, plan: Any) -> None:
@@ -649,6 +668,30 @@ def test_inside_the_callers_graph(load: Any) -> None:
     graph.reset()
 
 
+@pytest.mark.parametrize("cls", [Engine, GraphSafeEngine])
+def test_a_loop_as_one_graph(load: Any, cls: type) -> None:
+    """`jetrt.graph` over a function that says the shapes and calls the engine, as the scripts' loops do."""
+    engine = load(cls=cls)
+
+    def loop(**given: torch.Tensor) -> torch.Tensor:
+        actions = given["sa_embs"]
+        for step in range(4):
+            for name, x in given.items():
+                engine.set_runtime_tensor_shape(name, x.shape)
+            timestep = torch.full((1,), step, dtype=torch.int64, device="cuda")
+            actions = actions + engine(**{**given, "sa_embs": actions, "timestep": timestep})["output"] * 0.25
+        return actions
+
+    with graph(loop, dit_inputs()) as captured:
+        captured.prepare(dit_inputs(S + 3))
+        enqueued = rig.trt().count("enqueueV3")
+        found = [captured(**dit_inputs(S + 3 * (seed % 2), seed)) for seed in range(4)]
+        assert rig.trt().count("enqueueV3") == enqueued
+        assert (captured.stats["replays"], captured.stats["reasons"]) == (4, {})
+    for seed, actions in enumerate(found):
+        assert torch.equal(actions, loop(**dit_inputs(S + 3 * (seed % 2), seed)))
+
+
 @pytest.mark.parametrize("setting", ["off", "auto"])
 def test_the_cores_own_graphs(load: Any, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
     if setting != "off":
@@ -666,21 +709,15 @@ def test_the_cores_own_graphs(load: Any, monkeypatch: pytest.MonkeyPatch, settin
 def test_threads_share_an_engine(load: Any) -> None:
     engine = load()
     set_shapes(engine)
-    failures: list[str] = []
 
     def work(seed: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             for i in range(10):
                 inputs = dit_inputs(seed=seed * 100 + i)
-                if not is_right(engine(**inputs)["output"], inputs):
-                    failures.append(f"{seed} {i}")
+                assert is_right(engine(**inputs)["output"], inputs)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
 
 
 def test_two_devices(tmp_path: Path) -> None:
@@ -735,38 +772,9 @@ def test_what_scripts_delete_may_be_deleted(load: Any) -> None:
     del engine.handle
 
 
-EXITS = {
-    "nothing closed": "",
-    "closed": "engine.close()",
-    "the module's last": "sys.keep = engine",
-    "a result outlives it": "del engine",
-    "in a cycle": "engine.me = engine; del engine",
-    "a graph outlives it": "sys.keep = graph",
-    "a thread holds it": "threading.Thread(target=lambda e: time.sleep(0.05), args=(engine,)).start()",
-    "closed at exit": "import atexit; atexit.register(engine.close)",
-}
-
-
-@pytest.mark.parametrize("end", EXITS)
-def test_the_interpreter_ends_in_any_order(tmp_path: Path, end: str) -> None:
-    code = f"""
-import sys, threading, time, fakes, torch
-from jetrt.trt_torch import GraphSafeEngine, Engine
-import ctypes
-engine = GraphSafeEngine(fakes.write_plan(sys.argv[1]))
-engine.set_runtime_tensor_shape("x", (2, 64))
-x = torch.randn(2, 64, device="cuda")
-graph = torch.cuda.CUDAGraph()
-y = engine(x)["y"]
-with torch.cuda.graph(graph):
-    z = engine(x)["y"] * 2
-graph.replay()
-{EXITS[end]}
-print("done", flush=True)
-"""
-    done = fakes.run_python(code, str(tmp_path / "m.plan"), timeout=30)
-    assert done.stdout.splitlines()[-1] == "done"
-    assert done.stderr == ""
+@pytest.mark.parametrize("way", exits.TRT_TORCH)
+def test_the_interpreter_ends_in_any_order(plan: Any, way: str) -> None:
+    exits.run(exits.TRT_TORCH[way], plan("mlp"))
 
 
 def test_many_loads_leave_nothing(clean: None, plan: Any) -> None:

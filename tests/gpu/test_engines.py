@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -123,22 +123,13 @@ def test_eight_threads(load, engines, graphs, contexts) -> None:
     import torch
 
     engine = load("mlp", graphs=graphs, max_contexts=contexts)
-    failures: list[BaseException] = []
 
     def work(k: int) -> None:
-        try:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                for turn in range(100):
-                    x = reference.random_input("mlp", 1 + (k + turn) % 8, seed=1000 * k + turn)
-                    y = engine(x=reference.make("torch", x))["y"]
-                    reference.check("mlp", engines, x, reference.to_numpy("torch", y))
-        except BaseException as error:
-            failures.append(error)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for turn in range(100):
+                x = reference.random_input("mlp", 1 + (k + turn) % 8, seed=1000 * k + turn)
+                y = engine(x=reference.make("torch", x))["y"]
+                reference.check("mlp", engines, x, reference.to_numpy("torch", y))
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))

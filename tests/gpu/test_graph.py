@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import resource
-import subprocess
-import sys
-import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import exits
 import pytest
 import reference
 
@@ -632,24 +631,15 @@ def test_from_several_threads(graph, head) -> None:
     sets = {(length, k): arguments(k, length) for length in (122, 300) for k in range(8)}
     wanted = {key: head(*args) for key, args in sets.items()}
     torch.cuda.synchronize()
-    wrong = []
 
     def work(seed):
-        try:
-            with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
-                for k in range(100):
-                    key = ((122, 300)[k % 2], (seed + k) % 8)
-                    if not same_bits(captured(*sets[key]), wanted[key]):
-                        wrong.append(key)
-        except BaseException as error:
-            wrong.append(error)
+        with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
+            for k in range(100):
+                key = ((122, 300)[k % 2], (seed + k) % 8)
+                assert same_bits(captured(*sets[key]), wanted[key])
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
     assert captured.stats["replays"] == 600
 
 
@@ -770,49 +760,7 @@ def test_on_the_second_gpu(graph, load) -> None:
 
 # Exit -----------------------------------------------------------------------------------------------------------------
 
-START = """
-import sys
-import torch
-import jetrt
-from jetrt.graph import graph
 
-engine = jetrt.Engine(sys.argv[1], graphs="off")
-x = torch.ones(8, 64, device="cuda")
-def fn(x):
-    return engine(x=x)["y"] + torch.randn(8, 10, device="cuda")
-captured = graph(fn, (x,))
-result = captured(x)
-"""
-
-EXITS = {
-    "all alive": "",
-    "the engine closed": "engine.close()",
-    "the graph closed": "captured.close()",
-    "only the result": "del captured, engine, fn",
-    "in a cycle": "holder = [captured, engine]; holder.append(holder); del captured, engine, holder",
-    "work still running": "torch.cuda._sleep(500_000_000); results = [captured(x) for _ in range(50)]",
-    "an atexit callback calls": "import atexit; atexit.register(lambda: captured(x))",
-    "after a capture that failed": "graph(lambda x: x * x.sum().item(), (x,))(x); torch.randn(1, device='cuda')",
-    "a daemon thread calls": """
-        import threading, time
-        def loop():
-            try:
-                while True:
-                    captured(x)
-            except jetrt.errors.ClosedEngineError:
-                pass
-        threading.Thread(target=loop, daemon=True).start()
-        time.sleep(0.2)
-    """,
-}
-
-
-@pytest.mark.parametrize("order", EXITS)
-def test_interpreter_exit(engines, order) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", START + textwrap.dedent(EXITS[order]), str(engines / "mlp.engine")],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.mark.parametrize("way", exits.GRAPH)
+def test_interpreter_exit(engines, way) -> None:
+    exits.run(exits.GRAPH[way], engines / "mlp.engine", PYTHONWARNINGS="ignore")

@@ -9,7 +9,6 @@ import resource
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import exits
 import pytest
 import reference
 from test_binding import bindings, run_binding
@@ -289,28 +289,20 @@ def test_ordered_by_the_callers_streams(dit: Any) -> None:
 
 def test_two_wrappers_and_threads(dit: Any) -> None:
     wrappers = [dit(), dit(ring=2)]
-    wrong: list[Any] = []
 
     def work(number: int) -> None:
-        try:
-            stream = torch.cuda.Stream()
-            with torch.cuda.stream(stream):
-                for i in range(100):
-                    given = arrays(s=1 + (number * 131 + i * 17) % 512, seed=i % 7)
-                    values = tensors(given)
-                    # A ring's buffers are for one stream's order: only thread 0 uses it.
-                    found = masked(wrappers[0 if number else i % 2], values)
-                    stream.synchronize()
-                    check(given, found)
-        except BaseException as error:
-            wrong.append(error)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for i in range(100):
+                given = arrays(s=1 + (number * 131 + i * 17) % 512, seed=i % 7)
+                values = tensors(given)
+                # A ring's buffers are for one stream's order: only thread 0 uses it.
+                found = masked(wrappers[0 if number else i % 2], values)
+                stream.synchronize()
+                check(given, found)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert wrong == []
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
 
 
 def test_the_next_observation_is_prepared_meanwhile(dit: Any) -> None:
@@ -409,94 +401,9 @@ def test_ten_thousand_actions_do_not_grow(dit: Any, options: dict[str, Any]) -> 
     assert device - torch.cuda.mem_get_info()[0] <= 0
 
 
-START = """
-import sys, types
-import torch
-import jetrt
-from jetrt.groot import TensorRTDiTWrapper, install, preload, replace_dit_with_tensorrt
-from jetrt.groot.engine import Engine
-plan = sys.argv[1]
-bf16 = torch.bfloat16
-given = [torch.ones(1, 41, 64, device="cuda", dtype=bf16), torch.ones(1, 122, 64, device="cuda", dtype=bf16)]
-given += [torch.ones(1, device="cuda", dtype=torch.int64)]
-given += [torch.ones(1, 122, device="cuda", dtype=torch.bool) for _ in range(2)]
-"""
-
-EXITS = {
-    "wrapper and result alive": "w = TensorRTDiTWrapper(plan); y = w(*given)",
-    "result outlives its wrapper": "y = TensorRTDiTWrapper(plan)(*given)",
-    "ring": "w = TensorRTDiTWrapper(plan, ring=2); y = [w(*given) for _ in range(9)]",
-    "side stream": """
-        w = TensorRTDiTWrapper(plan)
-        s = torch.cuda.Stream()
-        with torch.cuda.stream(s):
-            y = w(*given)
-    """,
-    "captured by torch": """
-        w = TensorRTDiTWrapper(plan)
-        w(*given)
-        g = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(g):
-            y = w(*given)
-        g.replay()
-    """,
-    "captured by torch, wrapper gone": """
-        w = TensorRTDiTWrapper(plan)
-        w(*given)
-        g = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(g):
-            y = w(*given)
-        g.replay()
-        torch.cuda.synchronize()
-        del w
-    """,
-    "graphs of its own": """
-        import os
-        os.environ["JETRT_GRAPHS"] = "auto"
-        w = TensorRTDiTWrapper(plan)
-        y = [w(*given) for _ in range(9)]
-    """,
-    "preloaded, never asked for": "preload(plan)",
-    "installed": "install(types.ModuleType('script'))",
-    "in a cycle": "a = [TensorRTDiTWrapper(plan)]; a.append(a); a[0](*given); del a",
-    "work still running": """
-        w = TensorRTDiTWrapper(plan)
-        torch.cuda._sleep(300_000_000)
-        y = [w(*given) for _ in range(50)]
-    """,
-    "closed by hand": "w = TensorRTDiTWrapper(plan); y = w(*given); w.close()",
-    "engine of seam B": """
-        e = Engine(plan)
-        for (name, *_), x in zip(e.in_meta, given):
-            e.set_runtime_tensor_shape(name, x.shape)
-        y = e(*given)
-    """,
-    "daemon thread calling": """
-        import threading, time
-        w = TensorRTDiTWrapper(plan)
-        def loop():
-            try:
-                while True:
-                    w(*given)
-            except jetrt.errors.ClosedEngineError:
-                pass
-        threading.Thread(target=loop, daemon=True).start()
-        time.sleep(0.2)
-    """,
-}
-
-
-@pytest.mark.parametrize("order", EXITS)
-def test_interpreter_exit(engines: Path, order: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", START + textwrap.dedent(EXITS[order]), str(engines / "dit5.engine")],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env={**os.environ, "PYTHONWARNINGS": "ignore", "LOCAL_RANK": "1"},
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.mark.parametrize("way", exits.GROOT)
+def test_interpreter_exit(engines: Path, way: str) -> None:
+    exits.run(exits.GROOT[way], engines / "dit5.engine", PYTHONWARNINGS="ignore")
 
 
 # The runner, loading, memory ------------------------------------------------------------------------------------------
@@ -585,6 +492,9 @@ def test_the_unchanged_script_gives_the_same_actions(mode: str, tmp_path: Path) 
     import numpy as np
 
     bundle = os.environ["JETRT_TEST_GROOT"]
+    metadata = json.loads((Path(bundle) / "export_metadata.json").read_text())
+    if (mode, metadata["model_version"]) == ("trt_full_pipeline", "n1.6"):
+        pytest.skip("the script of N1.6 has no such mode")
     ways = {
         "jetrt": ["-m", "jetrt.groot", str(BENCH)],
         "optimized": ["-m", "jetrt.groot", "--optimize", "--report", str(tmp_path / "report.json"), str(BENCH)],

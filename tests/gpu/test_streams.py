@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import reference
@@ -33,6 +34,39 @@ def test_input_that_is_written_late(load, engines, stream, graphs) -> None:
             y.copy_(engine(x=x)["y"])
             x.fill_(float("nan"))  # the engine has read it by then
             reference.check("mlp", engines, new, y.cpu().numpy())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@graphs
+@pytest.mark.parametrize("stream", ["default", "side"])
+def test_an_engine_on_each_gpu(load, engines, stream, graphs) -> None:
+    """Called at once from two threads, then in turn while GPU 0 is current; each on the streams of its own GPU."""
+    made = [load("mlp", device=device, graphs=graphs) for device in range(2)]
+
+    def late(device: int, seed: int) -> None:
+        new = reference.random_input("mlp", 8, seed)
+        source = torch.from_numpy(new).to(f"cuda:{device}")
+        x = torch.full_like(source, float("nan"))
+        with torch.cuda.device(device):
+            torch.cuda._sleep(LONG)
+        x.copy_(source)
+        y = made[device](x=x)["y"]
+        x.fill_(float("nan"))  # the engine has read it by then
+        assert y.device == x.device
+        reference.check("mlp", engines, new, y.cpu().numpy())
+
+    def work(device: int) -> int:
+        with torch.cuda.device(device), reference.on_stream("torch", stream):
+            for seed in range(8):
+                late(device, 10 * device + seed)
+            return torch.cuda.current_device()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, range(2))) == [0, 1]
+    for seed in range(8):
+        for device in range(2):
+            late(device, seed)
+    assert torch.cuda.current_device() == 0
 
 
 @graphs

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import exits
 import pytest
 import reference
 
@@ -280,22 +279,16 @@ def test_threads(make: Any, wanted: Any) -> None:
     sets = [inputs_of(seed=i) for i in range(4)]
     results = [wanted(inputs) for inputs in sets]
     torch.cuda.synchronize()
-    failures: list[int] = []
 
     def work(i: int) -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(200):
                 y = engine(**sets[i])["output"]
                 torch.cuda.current_stream().synchronize()
-                if not same_bits(y, results[i]):
-                    failures.append(i)
+                assert same_bits(y, results[i])
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
 
 
 def test_the_second_device(engines: Path) -> None:
@@ -408,36 +401,7 @@ def test_graph_safe_engine_with_dynamic_outputs(make: Any, engines: Path, name: 
 
 # The end --------------------------------------------------------------------------------------------------------------
 
-EXITS = {
-    "nothing closed": "",
-    "closed": "engine.close()",
-    "kept by a module": "sys.keep = engine",
-    "a result outlives it": "del engine",
-    "in a cycle": "engine.me = engine; del engine",
-    "a graph outlives it": "sys.keep = graph",
-    "a thread holds it": "threading.Thread(target=lambda e: time.sleep(0.2), args=(engine,)).start()",
-    "work under way": "torch.cuda._sleep(10**9); engine(x)",
-}
 
-
-@pytest.mark.parametrize("end", EXITS)
-def test_the_interpreter_ends_in_any_order(engines: Path, end: str) -> None:
-    code = f"""
-import sys, threading, time, torch
-from jetrt.trt_torch import GraphSafeEngine
-engine = GraphSafeEngine(sys.argv[1])
-engine.set_runtime_tensor_shape("x", (2, 64))
-x = torch.randn(2, 64, device="cuda")
-graph = torch.cuda.CUDAGraph()
-y = engine(x)["y"]
-with torch.cuda.graph(graph):
-    z = engine(x)["y"] * 2
-graph.replay()
-{EXITS[end]}
-print("done", flush=True)
-"""
-    command = [sys.executable, "-c", code, str(engines / "mlp.engine")]
-    done = subprocess.run(command, env={**os.environ}, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "done"
-    assert done.stderr == ""
+@pytest.mark.parametrize("way", exits.TRT_TORCH)
+def test_the_interpreter_ends_in_any_order(engines: Path, way: str) -> None:
+    exits.run(exits.TRT_TORCH[way], engines / "mlp.engine", PYTHONWARNINGS="ignore")

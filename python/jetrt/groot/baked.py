@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .. import _core
+
 __all__ = ["Baked"]
 
 
@@ -14,49 +16,55 @@ class Baked:
     """The parts of a head that a captured loop used: one that is exchanged, moved or hooked must be noticed."""
 
     def __init__(self, head: Any, names: Sequence[str]) -> None:
-        self.head = head
-        self.parts = [(name, getattr(head, name)) for name in names]
+        parts = [(name, getattr(head, name)) for name in names]
         modules = [
             (name, inner)
-            for name, part in self.parts
+            for name, part in parts
             if isinstance(part, torch.nn.Module)
             # Where `forward` was replaced, what the module holds is not used.
             for inner in ([part] if "forward" in vars(part) else part.modules())
         ]
         used = [(name, module) for name, module in modules if "forward" not in vars(module)]
-        #: (part, table, key, what is in it): replaced forwards, and the modules inside.
-        self.entries = [(n, vars(part), "forward", vars(part).get("forward")) for n, part in self.parts]
-        self.entries += [(n, vars(module), "forward", None) for n, module in used]
-        self.entries += [
-            (n, module._modules, key, child) for n, module in used for key, child in module._modules.items()
+        #: (dict, key, what is in it): the parts, replaced forwards, and the modules inside.
+        objects = [
+            (table, name, table.get(name))
+            for name, _ in parts
+            for table in (vars(head), vars(head).get("_modules"))
+            if table is not None
         ]
-        self.weights = [
+        held = {name for table, name, _ in objects if table.get(name) is not None}
+        #: What is no attribute of the head's own: a property, say.
+        self._head, self._others = head, [(name, part) for name, part in parts if name not in held]
+        self._told = [f"action_head.{name} was exchanged; prepare(...) again" for _, name, _ in objects]
+        inside = [(n, vars(part), "forward", vars(part).get("forward")) for n, part in parts]
+        inside += [(n, vars(module), "forward", None) for n, module in used]
+        inside += [(n, module._modules, key, child) for n, module in used for key, child in module._modules.items()]
+        objects += [(table, key, value) for _, table, key, value in inside]
+        self._told += [f"in action_head.{n} {key} was replaced; prepare(...) again" for n, _, key, _ in inside]
+        weights = [
             (name, table, key, tensor.data_ptr())
             for name, module in used
             for table in (module._parameters, module._buffers)
             for key, tensor in table.items()
             if tensor is not None
         ]
-        self.hooks = [
+        self._told += [f"weights of action_head.{name} were moved; prepare(...) again" for name, *_ in weights]
+        hooks = [
             (name, hooks) for name, module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
+        self._hooked = [f"action_head.{name} has forward hooks, which a graph would not call" for name, _ in hooks]
+        self._told += self._hooked
+        self._unchanged = _core._Unchanged(objects, [w[1:] for w in weights], [table for _, table in hooks])
 
-    def exchanged(self) -> str | None:
-        """What is not as it was captured, or None."""
-        for name, part in self.parts:
-            if getattr(self.head, name, None) is not part:
+    def changed(self) -> str | None:
+        """What is not as it was captured, or would be called and is not in a graph; or None."""
+        for name, part in self._others:
+            if getattr(self._head, name, None) is not part:
                 return f"action_head.{name} was exchanged; prepare(...) again"
-        for name, table, key, value in self.entries:
-            if table.get(key) is not value:
-                return f"in action_head.{name} {key} was replaced; prepare(...) again"
-        for name, table, key, address in self.weights:
-            tensor = table.get(key)
-            if tensor is None or tensor.data_ptr() != address:
-                return f"weights of action_head.{name} were moved; prepare(...) again"
-        return None
+        first = self._unchanged.changed()
+        return None if first is None else self._told[first]
 
-    def hooked(self) -> str | None:
-        for name, hooks in self.hooks:
-            if hooks:
-                return f"action_head.{name} has forward hooks, which a graph would not call"
-        return None
+    def exchanged(self) -> bool:
+        """Has anything that was captured another object or address by now? (Hooks may come and go.)"""
+        reason = self.changed()
+        return reason is not None and reason not in self._hooked

@@ -144,6 +144,7 @@ class EngineLoop(FeatureLoop):
     def __init__(self, head: Any) -> None:
         self.head = head
         self.engine = head.dit_engine
+        self.noise_dtype = _dtype(head.action_encoder_engine, "actions")
         names = ("vlln", "vl_sa_engine", "vl_self_attention", "position_embedding")
         self.parts = tuple(name for name in names if getattr(head, name, None) is not None)
         self.parts += ("state_encoder_engine", "action_encoder_engine", "dit_engine", "action_decoder_engine")
@@ -171,10 +172,10 @@ class EngineLoop(FeatureLoop):
 
     def noise(self, features: Any) -> Any:
         head = self.head
-        if hasattr(head, "init_actions"):
+        if _has(head, "init_actions"):
             return head.init_actions.expand((features.shape[0], -1, -1))
         size = (features.shape[0], head.config.action_horizon, head.action_dim)
-        return torch.randn(size=size, dtype=_dtype(head.action_encoder_engine, "actions"), device=features.device)
+        return torch.randn(size=size, dtype=self.noise_dtype, device=features.device)
 
     def begin(self, inputs: Inputs) -> Inputs:
         head = self.head
@@ -209,6 +210,17 @@ class EngineLoop(FeatureLoop):
 def _backbone_output(inputs: Inputs) -> _Batch:
     masks = {name: inputs[name] for name in MASKS if inputs[name] is not None}
     return _Batch(backbone_features=inputs["features"], **masks)
+
+
+def _has(module: Any, name: str) -> bool:
+    """`hasattr`, which takes long for what a torch module has not."""
+    own = vars(module)
+    return (
+        name in own
+        or name in own.get("_buffers", ())
+        or name in own.get("_parameters", ())
+        or hasattr(type(module), name)
+    )
 
 
 def _dtype(engine: Any, name: str) -> Any:

@@ -19,12 +19,13 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .._graph_capture import autocast_dtype
-from ..graph import LoopGraph, graph
+from .. import _core
+from .._graph_capture import modes
+from ..graph import LoopGraph, Prepared, graph
 from .baked import Baked
 from .denoising import MASKS, FeatureLoop, Inputs, loop_of
 
@@ -38,6 +39,13 @@ _Spec = dict[str, tuple[tuple[int, ...], Any, Any] | None]
 _SEEN = 32  # shapes without a graph that are remembered for `prepare()`
 
 
+class _Entry(NamedTuple):
+    """One set of shapes and settings."""
+
+    launch: Prepared | None  # None: prepared, and yet the graph runs eagerly
+    noise_at: int  # in the graph's tensors, which are in the order of their names
+
+
 # What stands in for the head's method ---------------------------------------------------------------------------------
 
 
@@ -47,7 +55,8 @@ class _Prepared:
     def __init__(self, captured: LoopGraph, baked: Baked) -> None:
         self.graph = captured
         self.baked = baked
-        self.keys: set[Any] = set()
+        self.entries: dict[Any, _Entry] = {}
+        self.guards = _core._Guards()  # finds them natively, where the tensors lie as they were prepared
         # Of what the original returns: the class and the names.
         self.result: tuple[Any, tuple[str, ...]] = (dict, ("action_pred",))
 
@@ -65,7 +74,7 @@ class OptimizedLoop:
         self._outputs = outputs
         self._max_shapes = max_shapes
         self._warmup_calls = warmup_calls
-        self._known = frozenset(loop.required + loop.optional)
+        self._required, self._known = frozenset(loop.required), frozenset(loop.required + loop.optional)
         self._names, self._accepted = _parameters(self._original)
         self._prepared: _Prepared | None = None
         self._refused: dict[Any, str] = {}
@@ -91,44 +100,54 @@ class OptimizedLoop:
         call = self._bound(args, kwargs)
         if call is None:
             return self._to_original("the arguments are not those of the loop that is known", args, kwargs)
-        inputs = self._loop.inputs(call)
-        reason = self._foreign(call, inputs)
+        reason = self._foreign(call)
         if reason is not None:
             return self._to_original(reason, args, kwargs)
-        settings = self._loop.settings()
-        key = _key(inputs, settings)
-        prepared = self._prepared
-        if prepared is None or key not in prepared.keys:
-            return self._unprepared(key, call, inputs, settings, warm_up)
-        reason = prepared.baked.exchanged() or prepared.baked.hooked()
+        inputs, settings, prepared = self._loop.inputs(call), self._loop.settings(), self._prepared
+        found = prepared and prepared.guards.find((), {**inputs, **settings}, modes(torch), False)
+        if not found:
+            reason = _no_tensor(inputs)
+            if reason is not None:
+                return self._to_original(reason, args, kwargs)
+        if not prepared or (not found and _key(inputs, settings) not in prepared.entries):
+            return self._unprepared(_key(inputs, settings), call, inputs, settings, warm_up)
+        reason = prepared.baked.changed()
         if reason is not None:
             return self._to_original(reason, (), self._for_original(call))
+        # From here to the launch the GPU waits for nothing else than this thread.
+        noise = self._loop.noise(inputs["features"])
+        if found:
+            entry, tensors = found
+            tensors.insert(entry.noise_at, noise)
+            refused, actions = prepared.graph.replay(entry.launch, tensors)
+            if refused is None:
+                return _as_result(prepared.result, actions, call)
         with torch.no_grad():
-            actions = prepared.graph(noise=self._loop.noise(inputs["features"]), **inputs, **settings)
+            actions = prepared.graph(noise=noise, **inputs, **settings)
         return _as_result(prepared.result, actions, call)
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """The call by names, or None where it does not fit: the original then says what is wrong with it."""
-        if len(args) > len(self._names) or any(name in kwargs for name in self._names[: len(args)]):
-            return None
-        call = {**dict(zip(self._names, args)), **kwargs}  # noqa: B905 (the rest came by name)
-        return call if all(name in call for name in self._loop.required) else None
+        call = kwargs
+        if args:
+            call = {**dict(zip(self._names, args)), **kwargs}  # noqa: B905 (the rest came by name)
+            if len(call) < len(args) + len(kwargs):  # too many, or one of them twice
+                return None
+        return call if self._required <= call.keys() else None
 
-    def _foreign(self, call: dict[str, Any], inputs: Inputs) -> str | None:
+    def _foreign(self, call: dict[str, Any]) -> str | None:
         """Why a call is none that this loop was made for, or None."""
         if not self._active:
             return "optimize() was undone"
-        for name in call.keys() - self._known:
-            if call[name] is not None:
-                return f"argument {name!r}, which the loop does not know"
+        if not call.keys() <= self._known:
+            for name in call.keys() - self._known:
+                if call[name] is not None:
+                    return f"argument {name!r}, which the loop does not know"
         given = call.get("action_input")
         if given is not None and _contains(given, "action"):
             return "real-time chunking: action_input has 'action'"
         if call.get("options"):
             return f"options were given: {', '.join(sorted(map(str, call['options'])))}"
-        for name, tensor in inputs.items():
-            if not isinstance(tensor, torch.Tensor) and (tensor is not None or name not in MASKS):
-                return f"{name} is no tensor, but {type(tensor).__name__}"
         if getattr(self._head, "training", False):
             return "the action head is in training mode"
         return None
@@ -189,9 +208,9 @@ class OptimizedLoop:
             raise RuntimeError("optimize() was undone: call optimize(policy) again to prepare shapes")
         calls = [self._example(one) for one in examples]
         if not examples:
-            now, modes = self._loop.settings(), _modes()
+            now, current = self._loop.settings(), modes(torch)
             with self._counting:
-                seen = [spec for key, (spec, then) in self._seen.items() if then == now and key[-1] == modes]
+                seen = [spec for key, (spec, then) in self._seen.items() if then == now and key[-1] == current]
             calls = [self._loop.call(_tensors(spec)) for spec in seen]
         return [self._prepare(call) for call in calls]
 
@@ -205,7 +224,7 @@ class OptimizedLoop:
                 f"the example has {sorted(kwargs) or f'{len(args)} arguments'}; {self._loop.method} needs at least "
                 f"{', '.join(self._loop.required)}. Give the arguments of a call, or S as an int."
             )
-        reason = self._foreign(call, self._loop.inputs(call))
+        reason = self._foreign(call) or _no_tensor(self._loop.inputs(call))
         if reason is not None:
             raise ValueError(f"the example cannot be prepared: {reason}")
         return call
@@ -236,7 +255,7 @@ class OptimizedLoop:
             inputs, settings = self._loop.inputs(call), self._loop.settings()
             key, features = _key(inputs, settings), inputs["features"]
             self._make_timesteps(features.shape[0], settings["steps"], settings["buckets"], features.device)
-            reason = prepared.baked.hooked()
+            reason = prepared.baked.changed()
             if reason is None:
                 with _kept_random_state(features.device):
                     reason = self._difference(prepared, call, inputs, settings)
@@ -245,10 +264,10 @@ class OptimizedLoop:
                         noise = self._loop.noise(features)
                     (report,) = prepared.graph.prepare({"noise": noise, **inputs, **settings})
                     reason = report["reason"]
-                    prepared.keys.add(key)
+                    self._enter(prepared, key, {"noise": noise, **inputs}, settings)
                     self._refused.pop(key, None)
                 else:
-                    prepared.keys.discard(key)
+                    prepared.guards.remove(prepared.entries.pop(key, None))
                     self._refused[key] = reason
                     _log.warning("The original %s stays for S=%d: %s", self._loop.method, features.shape[1], reason)
                 with self._counting:
@@ -262,9 +281,18 @@ class OptimizedLoop:
             "reason": reason,
         }
 
+    def _enter(self, prepared: _Prepared, key: Any, tensors: Inputs, settings: dict[str, Any]) -> None:
+        launch = prepared.graph.prepared((), {**tensors, **settings})
+        names = sorted(name for name, tensor in tensors.items() if tensor is not None)
+        prepared.guards.remove(prepared.entries.get(key))
+        prepared.entries[key] = entry = _Entry(launch, names.index("noise"))
+        if launch is not None:
+            inputs = {name: tensor for name, tensor in tensors.items() if name != "noise"}
+            prepared.guards.add((), {**inputs, **settings}, modes(torch), True, entry)
+
     def _current(self) -> _Prepared:
         """What is captured so far; begun anew where the head's parts were exchanged."""
-        if self._prepared is not None and self._prepared.baked.exchanged() is None:
+        if self._prepared is not None and not self._prepared.baked.exchanged():
             return self._prepared
         if self._prepared is not None:
             self._prepared.graph.close()
@@ -430,6 +458,14 @@ def _as_result(kind: tuple[Any, tuple[str, ...]], actions: Any, call: Mapping[st
     return make({name: actions if name == "action_pred" else call[name] for name in names})
 
 
+def _no_tensor(inputs: Inputs) -> str | None:
+    """Which input is none, or None."""
+    for name, tensor in inputs.items():
+        if not isinstance(tensor, torch.Tensor) and (tensor is not None or name not in MASKS):
+            return f"{name} is no tensor, but {type(tensor).__name__}"
+    return None
+
+
 def _contains(batch: Any, name: str) -> bool:
     try:
         return name in batch
@@ -439,12 +475,7 @@ def _contains(batch: Any, name: str) -> bool:
 
 def _key(inputs: Inputs, settings: Mapping[str, Any]) -> Any:
     tensors = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in inputs.values())
-    return tensors, tuple(settings.values()), _modes()
-
-
-def _modes() -> tuple[Any, ...]:
-    """What else decides which kernels torch runs."""
-    return torch.are_deterministic_algorithms_enabled(), autocast_dtype(torch)
+    return tensors, tuple(settings.values()), modes(torch)
 
 
 def _spec(inputs: Inputs) -> _Spec:

@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .. import _core, platform
-from ..builder.kinds import SIZE
-from ..errors import OutOfMemoryError
+from .. import _core, fit, platform, settings
 
 __all__ = ["Load", "load_report", "preload"]
 
 _log = logging.getLogger("jetrt.groot")
 
 Seam = Literal["wrapper", "engine"]
-#: Of plans, as the scripts name them.
-SUFFIXES = (".engine", ".trt", ".plan")
 
 
 @dataclass
@@ -112,15 +109,16 @@ def preload(
     Returns the rows of `load_report` for these. Raises `OutOfMemoryError` with the arithmetic, `FileNotFoundError`, and
     what loading an engine raises.
     """
-    budget = None if memory_budget is None else _bytes(memory_budget)
+    budget = None if memory_budget is None else fit.read_size(memory_budget, "memory_budget")
     wanted = dict.fromkeys(_wanted(paths, device, seam))
     with _lock:
         missing = [key for key in wanted if key not in _kept or _kept[key].version != _version(key.path)]
-        sizes = {key: Path(key.path).stat().st_size for key in missing}
-        order = sorted(missing, key=sizes.__getitem__, reverse=True)
+        sizes = {key: fit.needs(key.path)[0] for key in missing}
+        order = sorted(missing, key=lambda key: sizes[key].certain, reverse=True)
         start = available(device)
-        allowed = start if budget is None else min(budget, start)
-        _refuse(order, sizes, 0, allowed, start, budget)
+        total = platform.meminfo().get("MemTotal", start) if _unified() else start
+        allowed, limit = fit.allowance(fit.GpuMemory(start, total, _unified()), budget)
+        fit.refuse([sizes[key] for key in order], 0, allowed, limit)
         first = len(_loads)
         done: list[_Key] = []
         try:
@@ -128,7 +126,8 @@ def preload(
                 drop(key)
                 _kept[key] = _Kept(load_core(key.path, key.device, key.seam), _version(key.path))
                 done.append(key)
-                _refuse(order[len(done) :], sizes, max(start - available(device), 0), allowed, start, budget)
+                rest = [sizes[key] for key in order[len(done) :]]
+                fit.refuse(rest, max(start - available(device), 0), allowed, limit)
         except BaseException:
             for key in done:
                 drop(key)
@@ -210,7 +209,7 @@ def load_core(path: str | os.PathLike[str], device: int, seam: Seam, **options: 
     """Loads an engine and records what that took."""
     before = available(device)
     with _lowest(device) as readings:
-        engine = _core.Engine(path, device=device, **{"graphs": graphs(), **POLICIES[seam], **options})
+        engine = _core.Engine(path, device=device, **{"graphs": settings.graphs(), **POLICIES[seam], **options})
     after = available(device)
     report = engine.load_report
     load = Load(
@@ -235,19 +234,21 @@ def load_core(path: str | os.PathLike[str], device: int, seam: Seam, **options: 
     return engine
 
 
-def graphs() -> Any:
-    """`JETRT_GRAPHS`: the core's own CUDA graphs in the drop-ins, "off" unless said otherwise."""
-    return os.environ.get("JETRT_GRAPHS") or "off"
-
-
 def available(device: int) -> int:
     """Bytes that an engine can get on this GPU."""
     import torch
 
-    here = platform.identify()
-    if here.integrated and here.memory_available is not None:
-        return here.memory_available  # the driver's figure leaves out what the page cache would give back
+    if _unified():
+        free = platform.meminfo().get("MemAvailable")
+        if free is not None:
+            return free  # the driver's figure leaves out what the page cache would give back
     return int(torch.cuda.mem_get_info(device)[0])
+
+
+@functools.cache
+def _unified() -> bool:
+    """Whether the GPU shares the system's memory."""
+    return bool(platform.identify().integrated)
 
 
 @contextlib.contextmanager
@@ -274,7 +275,7 @@ def _wanted(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], de
         raise ValueError(f"seam: found {seam!r}; allowed: 'auto', 'wrapper', 'engine'")
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         folder = Path(path).is_dir()
-        for file in sorted(f for f in Path(path).iterdir() if f.suffix in SUFFIXES) if folder else [Path(path)]:
+        for file in sorted(f for f in Path(path).iterdir() if f.suffix in fit.SUFFIXES) if folder else [Path(path)]:
             if not file.exists():
                 raise FileNotFoundError(errno.ENOENT, "No such plan", str(file))
             kind: Seam = "engine" if seam == "engine" or (seam == "auto" and folder) else "wrapper"
@@ -284,31 +285,3 @@ def _wanted(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], de
 def _version(path: str) -> tuple[int, int, int]:
     stat = Path(path).stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def _bytes(value: int | str) -> int:
-    try:
-        return int(SIZE.read(value))
-    except ValueError as error:
-        raise ValueError(f"memory_budget: found {value!r}; allowed: bytes, or {error}") from None
-
-
-def _refuse(
-    order: list[_Key], sizes: Mapping[_Key, int], used: int, allowed: int, free: int, budget: int | None
-) -> None:
-    """Raises unless what is used and the plans that are still to come fit."""
-    rest = sum(sizes[key] for key in order)
-    if used + rest <= allowed:
-        return
-    parts = [f"{used / 1e9:.2f} GB taken by those loaded so far"] if used else []
-    parts += [f"{Path(key.path).name} {sizes[key] / 1e9:.2f} GB" for key in order]
-    limit = f"{free / 1e9:.2f} GB are free"
-    if budget is not None:
-        limit = f"memory_budget is {budget / 1e9:.2f} GB, and {limit}"
-    state = "All that were loaded are closed again." if used else "Nothing was read."
-    raise OutOfMemoryError(
-        f"these engines do not fit: {' + '.join(parts)} = {(used + rest) / 1e9:.2f} GB; {limit} (a plan takes at least "
-        f"its own size on the GPU). {state} Leave one engine to torch, build smaller ones, or free memory first.",
-        requested=used + rest,
-        free=allowed,
-    )

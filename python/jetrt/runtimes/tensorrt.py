@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class TensorrtRuntime(FileRuntime):
-    """Runs plans on the GPU. Its configuration is the keyword arguments of `jetrt.Engine`."""
+    """Runs plans on the GPU. Its options are the keyword arguments of `jetrt.Engine`."""
 
     label: ClassVar[str] = "tensorrt"
 
     @classmethod
-    def missing(cls) -> list[str]:
+    def missing(cls, options: Mapping[str, Any] | None = None, *, deep: bool = True) -> list[str]:  # noqa: ARG003
         try:
             _core.library_info()
         except (LibraryNotFoundError, UnsupportedVersionError, CudaError) as error:
@@ -37,26 +38,24 @@ class TensorrtRuntime(FileRuntime):
                 f"`{command}`, jetrt.build or compile_engine, and load that.",
                 path=str(path),
             )
-        return _core.Engine(path, **self._config)
+        return _core.Engine(path, **self._options)
 
-    def compile_engine(
-        self, model_path: str | os.PathLike[str], build_config: BuildConfig | None = None
-    ) -> EngineCacheEntry:
+    def _compile(self, path: Path, config: BuildConfig | None) -> EngineCacheEntry:
         """Makes an entry of a plan, or builds one from an ONNX file (`jetrt.build`): beside it, under a name that says
         for what it is; when that plan is there already, it is used. What a plan is cannot be changed."""
-        path = Path(model_path)
         if path.suffix.lower() == ".onnx":
-            return self._built(path, build_config or BuildConfig())
+            return self._built(path, config or BuildConfig())
         try:
             plan = _core.read_plan(path)
         except PlanError as error:
             raise EngineBuildError(str(error), path=str(path)) from error
-        if build_config is not None:
+        if config is not None:
             log.warning(
-                "%s was built elsewhere: the build configuration is not applied to it and cannot be checked", path
+                "%s was built elsewhere: the build configuration is not applied to it and cannot be checked",
+                path,
+                extra={"event": "build_config_ignored", "fields": {"engine": str(path), "runtime": self.label}},
             )
-        versions = {"tensorrt": str(plan["tensorrt"]), "jetrt": str(_core.build_info()["version"])}
-        return self._entry(path, versions, None)
+        return self._entry(path, None, {"tensorrt": str(plan["tensorrt"])})
 
     def _built(self, path: Path, config: BuildConfig) -> EngineCacheEntry:
         from ..builder import build
@@ -72,13 +71,11 @@ class TensorrtRuntime(FileRuntime):
             precision=config.precision,
             workspace=None if config.workspace_mb is None else config.workspace_mb << 20,
             calib_data=config.calibration_dataset,
-            device=self._config.get("device", 0),
-            plugins=tuple(map(str, self._config.get("plugins", ()))),
+            device=self._options.get("device", 0),
+            plugins=tuple(map(str, self._options.get("plugins", ()))),
             progress="none",
             **shapes,
         )
         for note in result.notes:
             log.info("%s: %s", result.path, note)
-        machine = result.manifest.machine
-        versions = {"tensorrt": machine.tensorrt, "jetrt": str(_core.build_info()["version"])}
-        return self._entry(result.path, versions, config)
+        return self._entry(result.path, config, {"tensorrt": result.manifest.machine.tensorrt})

@@ -103,6 +103,10 @@ def synchronize(device: Any = None) -> None:
         _driver.call("cuCtxSynchronize")
 
 
+def _sleep(cycles: int) -> None:
+    """Keeps the stream busy on a GPU. Here all work is under way until somebody waits for it."""
+
+
 class _Properties:
     def __init__(self, index: int) -> None:
         def attribute(number: int) -> int:

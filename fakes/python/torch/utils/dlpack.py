@@ -7,31 +7,9 @@ from typing import Any
 
 from .. import _dtypes, _memory
 from .._tensor import Tensor
+from ._dlpack import CPU, CUDA, CUDA_HOST, Deleter, Managed
 
-_CPU, _CUDA, _PINNED = 1, 2, 3
 _CODES = {"int": 0, "uint": 1, "float": 2, "bfloat": 4, "bool": 6, "float8_e4m3fn": 10, "float8_e5m2": 12}
-
-
-class _DLTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-class _Managed(ctypes.Structure):
-    _fields_ = (("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
 
 
 _api = ctypes.pythonapi
@@ -58,7 +36,7 @@ def _dtype(code: int, bits: int, lanes: int) -> _dtypes.dtype:
 def from_dlpack(tensor: Any) -> Tensor:
     """A capsule, or an object with `__dlpack__`; on the same memory, which is released with the last tensor on it."""
     if hasattr(tensor, "__dlpack__"):
-        if tensor.__dlpack_device__()[0] == _CUDA:
+        if tensor.__dlpack_device__()[0] == CUDA:
             from .. import cuda
 
             stream = cuda.current_stream(tensor.__dlpack_device__()[1]).cuda_stream
@@ -69,24 +47,24 @@ def from_dlpack(tensor: Any) -> Tensor:
         raise RuntimeError("from_dlpack received an invalid capsule, or one that was taken before")
     address = _api.PyCapsule_GetPointer(tensor, _FRESH)
     _api.PyCapsule_SetName(tensor, _USED)
-    managed = _Managed.from_address(address)
+    managed = Managed.from_address(address)
     found = managed.tensor
     of = _dtype(found.code, found.bits, found.lanes)
     shape = tuple(found.shape[i] for i in range(found.ndim))
     strides = tuple(found.strides[i] for i in range(found.ndim)) if found.strides else None
-    device = found.device_id if found.device_type == _CUDA else -1
+    device = found.device_id if found.device_type == CUDA else -1
     reach = (
         1 + sum((d - 1) * s for d, s in zip(shape, strides, strict=True)) if strides else _dtypes.Size(shape).numel()
     )
     storage = _memory.Storage((found.data or 0) + found.byte_offset, reach * of.itemsize, device)
-    storage.deleter = lambda: _Deleter(managed.deleter)(address) if managed.deleter else None
+    storage.deleter = lambda: managed.deleter(address) if managed.deleter else None
     return Tensor._make(storage, shape, of, strides)
 
 
 _exported: dict[int, Any] = {}
 
 
-@_Deleter
+@Deleter
 def _release(address: int) -> None:
     _exported.pop(address, None)
 
@@ -118,16 +96,16 @@ def export(t: Tensor, stream: Any, dl_device: Any, copy: Any) -> Any:
         if consumer != current.cuda_stream:
             cuda.ExternalStream(consumer, t.device).wait_stream(current)
     n = t.ndim
-    managed = _Managed()
+    managed = Managed()
     shape, strides = (ctypes.c_int64 * n)(*t.shape), (ctypes.c_int64 * n)(*t.stride())
     d = managed.tensor
     d.data = t.data_ptr() or None
-    d.device_type = _CUDA if t.is_cuda else _PINNED if t.is_pinned() else _CPU
+    d.device_type = CUDA if t.is_cuda else CUDA_HOST if t.is_pinned() else CPU
     d.device_id = max(t.get_device(), 0)
     d.ndim, d.bits, d.lanes = n, t.dtype.itemsize * 8, 1
     d.code = _CODES.get(t.dtype.name, _CODES.get(t.dtype.name.rstrip("0123456789"), 255))
     d.shape, d.strides = ctypes.cast(shape, type(d.shape)), ctypes.cast(strides, type(d.strides))
-    managed.deleter = ctypes.cast(_release, ctypes.c_void_p)
+    managed.deleter = _release
     address = ctypes.addressof(managed)
     _exported[address] = managed, shape, strides, t
     return _api.PyCapsule_New(address, _FRESH, ctypes.cast(_unused, ctypes.c_void_p))
