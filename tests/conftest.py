@@ -20,8 +20,8 @@ def on_gpu(config: pytest.Config) -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    # Not even imported: torch would ask the stand-in driver for its GPUs.
-    if collection_path == Path(__file__).parent / "gpu" and not on_gpu(config):
+    # Not even imported: torch would ask the stand-in driver for its GPUs, and modules of one name stand in both.
+    if collection_path.parent == Path(__file__).parent and (collection_path.name == "gpu") != on_gpu(config):
         return True
     # They run on the stand-in torch, and jetrt remembers the first torch that it met in a process.
     drop_in = Path(__file__).parent / "drop_in"

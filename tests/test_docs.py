@@ -87,7 +87,7 @@ def test_options_exist(page: str) -> None:
     known = {flag for command in COMMANDS for action in parser_of(command)._actions for flag in action.option_strings}
     others = {"--version", "--system-site-packages", "--python", "--user", "--no-deps", "--rm", "--runtime"}
     others |= {"--useDLACore"}  # trtexec's
-    others |= {"--inference-mode", "--trt-engine-path", "--optimize"}  # the GR00T script's, and its runner's
+    others |= {"--inference-mode", "--trt-engine-path", "--denoising-steps", "--optimize"}  # GR00T's, and its runner's
     prose = re.sub(r"```sh\n.*?```", "", PAGES[page], flags=re.S)
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose)) <= known | others
 
@@ -185,18 +185,34 @@ def rows() -> Iterator[list[str]]:
             yield [cell.strip() for cell in line.strip("|").split(" | ")]
 
 
+def named_in(text: str) -> list[str]:
+    """The tests that a text names, all of which exist."""
+    found = []
+    for file, test in re.findall(r"`([\w/.]+)::(\w+)`", text):
+        path = ROOT / file if file.endswith(".rs") else ROOT / "tests" / file
+        assert test in names_in(path), f"{file}::{test}"
+        found.append(test)
+    return found
+
+
 def test_every_trap_has_a_test_or_a_reason() -> None:
     count = 0
     for trap, what, shown in rows():
         count += 1
         assert trap
         assert what
-        for name in (named := re.findall(r"`([\w/.]+)::(\w+)`", shown)):
-            file, test = name
-            path = ROOT / file if file.endswith(".rs") else ROOT / "tests" / file
-            assert test in names_in(path), f"{file}::{test}"
-        assert named or shown.startswith("none: "), trap
-    assert count > 40
+        assert named_in(shown) or shown.startswith("none: "), trap
+    assert count > 60
+
+
+def test_every_promise_of_the_drop_in_has_a_test() -> None:
+    page = PAGES["docs/groot.md"]
+    table = re.findall(r"(?m)^\| (.*) \| (.*)\|$", page[page.index("## Which test shows it") :])
+    promises = [row for row, shown in table if named_in(shown)]
+    assert [row for row, _ in table if row not in promises] == [
+        *("**Promises**", "**Seam A**", "**Seam B**", "**Seam C**", "**Forks**", "**Not inherited**")
+    ]
+    assert [int(row.partition(".")[0]) for row in promises if row[0].isdigit() and ". " in row] == list(range(1, 15))
 
 
 @pytest.mark.parametrize("version", ["10.0.0.6", "10.3.0.26", "10.8.0.43", "10.16.0.1", "11.1.0.2"])

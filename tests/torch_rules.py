@@ -724,6 +724,7 @@ def the_default_stream_is_ordered_with_blocking_streams(torch: Any, device: str)
 
 @on_a_gpu
 def memory_is_reused_on_its_stream(torch: Any, device: str) -> None:
+    gc.collect()  # what others left
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -908,7 +909,7 @@ def rules_of_capture(torch: Any, device: str) -> None:
 @on_a_gpu
 def branches_of_a_capture(torch: Any, device: str) -> None:
     x = torch.ones(3, device=device)
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream(priority=-1)  # torch hands out 32 streams of each kind in turn: not the one it captures on
 
     def work() -> Any:
         here = torch.cuda.current_stream()

@@ -85,6 +85,6 @@ class Checkpoint:
         return plan(self.bundle, engine)
 
     def setup(self, policy: Any, mode: str) -> None:
-        with contextlib.suppress(ImportError):  # the newest scripts have an enum
+        with contextlib.suppress(ImportError, AttributeError):  # the newest scripts have an enum
             mode = importlib.import_module("gr00t.deployment.modes").InferenceMode(mode)
         self.scripts().setup_tensorrt_engines(policy, str(self.bundle), mode=mode)

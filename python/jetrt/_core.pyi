@@ -211,6 +211,9 @@ class _Capture:
     def stop(self) -> None: ...
     def release(self) -> None: ...
 
+def _capture_stream(device: Any) -> int:
+    """The handle of a stream on which nobody else enqueues."""
+
 def _abandon_capture(stream: int, device: Any = None) -> None:
     """Ends a capture that was left running on this stream, if one is."""
 

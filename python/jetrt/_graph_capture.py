@@ -118,7 +118,8 @@ class Capturer:
 
         self._torch, self._trees, self._device, self._warmup = torch, trees, device, warmup
         self._fn, self._results = fn, Trees(torch, strides=False)
-        self._stream = torch.cuda.Stream(device)
+        # None of torch's: it hands out a few in turn, and another thread's work would become part of the graph.
+        self._stream = torch.cuda.ExternalStream(_core._capture_stream(device), device)
         self._drawing = _Group(_drawing.setdefault(device, _core._Launches(device)))
         self._plain = _Group(_core._Launches(device))
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from . import _core, platform
 from .errors import CudaError, LibraryNotFoundError, OutOfMemoryError
-from .report import table
+from .report import size, table
 
 if TYPE_CHECKING:
     from .provenance import Manifest
@@ -46,7 +46,6 @@ __all__ = [
     "needs",
     "plans_of",
     "refuse",
-    "size",
     "stated_budget",
 ]
 
@@ -61,11 +60,6 @@ ESTIMATE: Final = (
 )
 
 _log = logging.getLogger("jetrt.fit")
-
-
-def size(count: int) -> str:
-    """Bytes as "2.87 GiB" or "64.0 MiB"."""
-    return f"{count / (1 << 30):.2f} GiB" if abs(count) >= 1 << 30 else f"{count / MIB:.1f} MiB"
 
 
 # ------------------------------------------------------------------------------------------------ what an engine needs
@@ -366,16 +360,13 @@ class Fit:
         }
 
     def text(self) -> str:
-        def unknown(count: int | None) -> str:
-            return "unknown" if count is None else size(count)
-
         rows = [
             [
                 need.name,
                 size(need.plan),
                 size(need.weights) if need.weights else "",
                 size(need.likely - need.plan - need.weights - (need.tensors or 0)),
-                unknown(need.tensors),
+                size(need.tensors),
                 size(need.likely),
                 "estimated" if need.estimated else "manifest",
             ]

@@ -31,7 +31,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
-from typing import Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 __all__ = ["JsonFormatter", "JsonLogging", "configure_json_logging"]
 
@@ -44,6 +44,11 @@ PATIENCE_S: Final = 2.0
 DEPTH, ITEMS, CHARACTERS = 6, 1000, 1000
 
 _log = logging.getLogger("jetrt")
+
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:
+    _StreamHandler = logging.StreamHandler  # no generic class before Python 3.11
 
 
 def configure_json_logging(stream: TextIO | None = None, level: str | int = "INFO") -> JsonLogging:
@@ -263,7 +268,7 @@ class _Listener(logging.handlers.QueueListener):
             self._report()
 
 
-class _Writer(logging.StreamHandler[TextIO]):
+class _Writer(_StreamHandler):
     def __init__(self, handler: _Handler) -> None:
         super().__init__(handler.stream)
         self._handler = handler

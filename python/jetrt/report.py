@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .runtime import Model, TensorDescription
 
-__all__ = ["io_table", "latency_table", "table"]
+__all__ = ["io_table", "latency_table", "size", "table"]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -18,6 +18,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def size(count: int | None) -> str:
+    """Bytes as "2.87 GiB", "64.0 MiB" or "0.5 KiB"; "unknown" for None."""
+    if count is None:
+        return "unknown"
+    for shift, unit in ((30, "GiB"), (20, "MiB")):
+        if abs(count) >= 1 << shift:
+            return f"{count / (1 << shift):.{2 if shift == 30 else 1}f} {unit}"
+    return f"{count / 1024:.1f} KiB" if count else "0"
 
 
 def dims(shape: Sequence[object]) -> str:

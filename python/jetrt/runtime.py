@@ -158,7 +158,8 @@ class EngineCacheEntry:
     """A file that a runtime can load, and what it was when `compile_engine` looked at it."""
 
     path: Path
-    #: Of the file itself; weights that an ONNX file keeps in other files are not covered.
+    #: Of the file itself; weights that an ONNX file keeps in other files are not covered. Empty for a torch module,
+    #: which is no file: such an entry is good for the runtime object that made it.
     sha256: str
     size_bytes: int
     #: Name of the runtime that made the entry and alone can load it.
@@ -300,8 +301,12 @@ def _choose(config: RuntimeConfig) -> FileRuntime:
         missing = [f"the runtime {name!r} among those that are allowed"]
         said = f"The runtime {name!r} is not allowed here"
     elif name not in RUNTIMES:
+        import difflib
+
         missing = [f"a runtime of the name {name!r}"]
-        said = f"There is no runtime {name!r}; jetrt knows {', '.join(map(repr, RUNTIMES))}"
+        near = difflib.get_close_matches(name, RUNTIMES, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        said = f"There is no runtime {name!r}{hint}; jetrt knows {', '.join(map(repr, RUNTIMES))}"
     else:
         missing = _missing(name, config, deep=True)
         if not missing:

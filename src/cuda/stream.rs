@@ -5,7 +5,7 @@ use super::ffi::*;
 use super::graph::Relaxed;
 use super::Device;
 use crate::error::Result;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// The legacy default stream: what scripts that never name a stream use.
 pub const LEGACY: u64 = 0;
@@ -46,6 +46,20 @@ impl Stream {
         let stream = Arc::new(Stream::with_flags(device, BLOCKING)?);
         *shared = Arc::downgrade(&stream);
         Ok(stream)
+    }
+
+    /// The handle of a stream that is nobody else's, one for each device, for as long as the process lives: torch hands out its own
+    /// streams in turn, and what another thread enqueued on one would become part of a capture there.
+    pub fn for_captures(device: &'static Device) -> Result<u64> {
+        static STREAMS: Mutex<Vec<(i32, Stream)>> = Mutex::new(Vec::new());
+        let mut streams = STREAMS.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((_, stream)) = streams.iter().find(|(ordinal, _)| *ordinal == device.ordinal) {
+            return Ok(stream.handle());
+        }
+        let stream = Stream::new(device)?;
+        let handle = stream.handle();
+        streams.push((device.ordinal, stream));
+        Ok(handle)
     }
 
     fn with_flags(device: &'static Device, flags: u32) -> Result<Stream> {

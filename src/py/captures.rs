@@ -23,6 +23,7 @@ type Inline<T> = SmallVec<[T; 8]>;
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<GraphLaunches>()?;
     m.add_class::<Capture>()?;
+    m.add_function(wrap_pyfunction!(capture_stream, m)?)?;
     m.add_function(wrap_pyfunction!(abandon, m)?)?;
     m.add_function(wrap_pyfunction!(fill_tensors, m)?)?;
     m.add_function(wrap_pyfunction!(set_bytes, m)?)?;
@@ -64,7 +65,7 @@ struct Graph {
 struct Fixed {
     view: TensorView,
     name: String,
-    _tensor: Py<PyAny>,
+    tensor: Py<PyAny>,
 }
 
 impl Fixed {
@@ -132,7 +133,7 @@ impl Capture {
                 out.push(Fixed {
                     view,
                     name,
-                    _tensor: tensor.unbind(),
+                    tensor: tensor.unbind(),
                 });
             }
             Ok(out)
@@ -150,8 +151,9 @@ impl Capture {
     /// Copies `inputs` over the graph's, launches it, and copies its outputs over `outputs` (one launch for each of the three),
     /// behind the last launch and in the order of `stream` (default: torch's current one).
     ///
-    /// inputs: one tensor for each of the graph's, of the same shape and dtype, any strides. outputs: the same, or empty, or a
-    /// callable that returns them; it is called when the graph was launched, while the GPU works. Returns None, or why nothing was
+    /// inputs: one tensor for each of the graph's, of the same shape and dtype, any strides; or a callable, which is given the
+    /// graph's own to write into, on torch's current stream. outputs: tensors likewise, or none, or a callable that returns
+    /// them; it is called when the graph was launched, while the GPU works. Returns None, or why nothing was
     /// launched: a capture runs on that stream, or the graph was released. Raises ClosedEngineError when an engine of the graph was
     /// closed.
     #[pyo3(signature = (inputs, outputs, stream = None))]
@@ -176,13 +178,24 @@ impl Capture {
                 .then_some(targets)
                 .ok_or_else(|| wrong_count(found, graph.outputs.len(), "outputs").into())
         };
-        let mut sources = Tensors::read(inputs, |k| graph.inputs.get(k).map(Fixed::name), stream, device.ordinal)?;
-        if sources.views.len() != graph.inputs.len() {
-            return Err(wrong_count(sources.views.len(), graph.inputs.len(), "inputs").into());
+        let mut sources = Tensors::default();
+        let (mut places, mut written): (Inline<&Fixed>, Inline<(&Fixed, Bound<'py, PyAny>)>) = Default::default();
+        let found = inputs.len()?;
+        if found != graph.inputs.len() {
+            return Err(wrong_count(found, graph.inputs.len(), "inputs").into());
+        }
+        for (one, place) in inputs.try_iter()?.zip(&graph.inputs) {
+            let one = one?;
+            if one.is_callable() {
+                written.push((place, one));
+            } else {
+                sources.add(&one, place.name(), stream, device.ordinal)?;
+                places.push(place);
+            }
         }
         let made_later = outputs.is_callable();
         let given = if made_later { Tensors::default() } else { read_outputs(outputs)? };
-        let before: Inline<Pair<'_>> = sources.over(&graph.inputs);
+        let before: Inline<Pair<'_>> = sources.over(&places);
         let turn = py.detach(|| -> Result<_> {
             let _entered = device.enter()?;
             if Stream::borrowed(stream).capture_id()?.is_some() {
@@ -199,6 +212,9 @@ impl Capture {
             Ok(turn) => turn,
             Err(why) => return Ok(Some(why)),
         };
+        for (place, write) in &written {
+            write.call1((&place.tensor,))?;
+        }
         graph.graph.call_method0(py, intern!(py, "replay"))?;
         let mut targets = if made_later { read_outputs(&outputs.call0()?)? } else { given };
         let after: Inline<Pair<'_>> = targets.from(&graph.outputs);
@@ -239,6 +255,14 @@ impl Drop for Capture {
             .unwrap_or_else(|| self.record.release())
             .unwrap_or_default();
     }
+}
+
+/// The handle of a stream of that GPU on which nobody else enqueues; it is never destroyed.
+#[pyfunction]
+#[pyo3(name = "_capture_stream")]
+fn capture_stream(py: Python<'_>, device: &Bound<'_, PyAny>) -> PyResult<u64> {
+    let device = ordinal(device)?;
+    Ok(py.detach(|| Stream::for_captures(Device::get(device)?))?)
 }
 
 /// Ends a capture that was left running on this stream of that GPU, if one is. Its graph is thrown away.
@@ -385,13 +409,7 @@ impl Tensors {
     /// A list or tuple of tensors that will be used on `stream`; `name` is the name of each, for messages.
     fn read<'a>(tensors: &Bound<'_, PyAny>, name: impl Fn(usize) -> Option<&'a str>, stream: u64, device: i32) -> PyResult<Tensors> {
         let mut out = Tensors::default();
-        let mut add = |k: usize, tensor: &Bound<'_, PyAny>| -> PyResult<()> {
-            let one = read(tensor, name(k).unwrap_or("#"), Some(stream), device)?;
-            out.views.push(one.view);
-            out.producers.extend(one.producer_stream.filter(|&p| p != stream));
-            out.keep.extend(one.keep);
-            Ok(())
-        };
+        let mut add = |k: usize, tensor: &Bound<'_, PyAny>| out.add(tensor, name(k).unwrap_or("#"), stream, device);
         if let Ok(list) = tensors.cast::<PyList>() {
             list.iter().enumerate().try_for_each(|(k, t)| add(k, &t))?;
         } else {
@@ -404,8 +422,16 @@ impl Tensors {
         Ok(out)
     }
 
-    fn over<'a>(&self, fixed: &'a [Fixed]) -> Inline<Pair<'a>> {
-        let pair = |(f, v): (&'a Fixed, &TensorView)| Pair {
+    fn add(&mut self, tensor: &Bound<'_, PyAny>, name: &str, stream: u64, device: i32) -> PyResult<()> {
+        let one = read(tensor, name, Some(stream), device)?;
+        self.views.push(one.view);
+        self.producers.extend(one.producer_stream.filter(|&p| p != stream));
+        self.keep.extend(one.keep);
+        Ok(())
+    }
+
+    fn over<'a>(&self, fixed: &[&'a Fixed]) -> Inline<Pair<'a>> {
+        let pair = |(&f, v): (&&'a Fixed, &TensorView)| Pair {
             name: &f.name,
             target: f.view,
             source: *v,

@@ -53,7 +53,9 @@ def clean(request: pytest.FixtureRequest) -> Iterator[None]:
     jetrt.pinned_empty(1)  # the driver, and what is kept for the process
     torch.cuda.init()
     for device in range(torch.cuda.device_count()):
-        torch.cuda.Stream(device)  # torch makes its streams once
+        for priority in (0, -1):
+            torch.cuda.Stream(device, priority)  # torch makes its streams once
+        jetrt._core._capture_stream(device)  # and jetrt this one
     torch._standin.reset()
     torch.cuda.set_device(0)
     before = rig.live()

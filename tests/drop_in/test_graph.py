@@ -465,11 +465,11 @@ def uncapturable(load: Any) -> dict[str, tuple[Callable[..., Any], str]]:
 
     def other_stream(x: torch.Tensor) -> torch.Tensor:
         if torch.cuda.is_current_stream_capturing():
-            torch.cuda.set_stream(torch.cuda.Stream())
+            torch.cuda.set_stream(torch.cuda.Stream(priority=-1))
         return x + 1
 
     def unjoined(x: torch.Tensor) -> torch.Tensor:
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream(priority=-1)  # of other streams than the one of the capture
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             return x + 1
@@ -805,7 +805,7 @@ def test_engines_of_other_options(load: Any, made: Any, options: dict[str, Any])
 
 def test_branches_inside_the_function(load: Any, made: Any) -> None:
     """Two calls of one engine at once, on streams of the function's own."""
-    engine, side = load("mlp"), torch.cuda.Stream()
+    engine, side = load("mlp"), torch.cuda.Stream(priority=-1)
 
     def fn(x: torch.Tensor) -> torch.Tensor:
         current = torch.cuda.current_stream()
@@ -893,6 +893,50 @@ def test_calls_go_on_while_another_thread_prepares(load: Any, made: Any) -> None
     thread.join()
     assert wrong == []
     assert sum(counted(captured)[:2]) == calls
+
+
+def test_a_capture_runs_on_no_stream_of_torchs(made: Any) -> None:
+    """torch hands out 32 streams in turn: what another thread enqueues on one must not become part of the graph."""
+    streams: list[int] = []
+
+    def work(x: Any) -> Any:
+        if torch.cuda.is_current_stream_capturing():
+            streams.append(torch.cuda.current_stream().cuda_stream)
+        return x + 1
+
+    made(work, (torch.ones(2, device="cuda"),))
+    torchs = {torch.cuda.Stream(priority=priority).cuda_stream for _ in range(64) for priority in (0, -1)}
+    assert len(streams) == 1
+    assert streams[0] not in torchs | {0}
+
+
+def test_another_thread_works_on_while_a_graph_is_captured(clean: None, made: Any) -> None:
+    """It allocates and waits, which a capture in CUDA's global mode would forbid it, and be broken by."""
+    go, went, found = threading.Event(), threading.Event(), []
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        if torch.cuda.is_current_stream_capturing():
+            go.set()
+            assert went.wait(30)
+        return y
+
+    def work() -> None:
+        assert go.wait(30)
+        try:
+            found.append(torch.full((1 << 18,), 2.0, device="cuda").sum().item())
+        except BaseException as error:
+            found.append(error)
+        went.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    x = torch.ones(3, device="cuda")
+    captured = made(fn, (x,))
+    thread.join()
+    assert found == [2 << 18]
+    assert bits(captured(x)) == bits(x + 1)
+    assert counted(captured) == [1, 0, 1, 0]
 
 
 def test_only_graphs_that_draw_random_numbers_wait_for_each_other(clean: None, made: Any) -> None:

@@ -97,7 +97,7 @@ MESSAGES = {
     "Failed to load TensorRT engine from": "python/jetrt/groot/wrappers.py",
     "TensorRT inference failed": "python/jetrt/groot/wrappers.py",
     "Invalid input shape": "python/jetrt/trt_torch.py",
-    "these engines do not fit": "python/jetrt/groot/preloading.py",
+    "these engines do not fit": "python/jetrt/fit.py",
     "real-time chunking: found the previous actions": "python/jetrt/groot/repair.py",
     "TensorRT only returns the final output": "python/jetrt/groot/replace.py",
     "runs instead of a graph": "python/jetrt/groot/loop.py",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import inspect
+import socket
+import socketserver
+import threading
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -255,6 +258,36 @@ def test_a_whole_action_head_runs_over_it(dit: Any, head: Any) -> None:
     assert steps == [0, 250, 500, 750]
     assert actions[0].shape == (1, 4, 64)
     assert torch.equal(*actions)
+
+
+def test_a_policy_behind_a_server(dit: Any) -> None:
+    """The scripts' server has no way to engines. A policy that has them may answer in any thread."""
+    policy = groot_rig.policy()
+    replace_dit_with_tensorrt(policy, dit)
+
+    def actions(seed: int) -> bytes:
+        torch.manual_seed(seed)
+        with torch.inference_mode():
+            found = policy.model.action_head.get_action(*head_inputs(seed=seed))["action_pred"]
+        return groot_rig.values(found).tobytes()
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            self.wfile.write(actions(int(self.rfile.readline())))
+
+    expected = [actions(seed) for seed in range(3)]
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        try:
+            for seed in (2, 0, 1, 2):
+                with socket.create_connection(server.server_address, timeout=30) as client, client.makefile("rwb") as f:
+                    f.write(b"%d\n" % seed)
+                    f.flush()
+                    assert f.read() == expected[seed]
+        finally:
+            server.shutdown()
+            serving.join()
 
 
 # The backbone ---------------------------------------------------------------------------------------------------------

@@ -46,8 +46,9 @@ def test_signatures_are_the_scripts() -> None:
 
 
 def test_no_cuda_no_file_and_no_plan(plan: groot_rig.Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError) as plain:
         TensorRTDiTWrapper("/nowhere/dit.engine")
+    assert (plain.type, plain.value.filename) == (FileNotFoundError, "/nowhere/dit.engine")
     bad = plan("dit5").with_name("bad.engine")
     bad.write_bytes(b"PK\x03\x04 no plan at all, and long enough")
     with pytest.raises(
@@ -606,6 +607,10 @@ def test_agx_order_and_one_tensor(plan: groot_rig.Write) -> None:
 
 def test_nx_order_and_the_tuple(plan: groot_rig.Write) -> None:
     backbone = TensorRTBackboneWrapper(plan(three_outputs()))
+    ids = torch.int64
+    assert backbone.input_dtypes == {"pixel_values": torch.float32, "attention_mask": ids, "input_ids": ids}
+    assert backbone.output_dtypes == {"hidden_states": torch.float32, "attn_mask": ids, "image_mask": ids}
+    assert backbone.stream == torch.cuda.current_stream()
     given = backbone_inputs()
     for found in (
         backbone(given["input_ids"], given["attention_mask"], given["pixel_values"]),

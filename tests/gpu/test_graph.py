@@ -318,7 +318,7 @@ def test_the_batched_copy() -> None:
     sources = []
     for k, shape in enumerate([(), (0, 3), (1,), (7,), (33, 65), (3, 5, 7), (1 << 22,), (257, 1025), (2, 3, 4, 5, 6)]):
         for j, dtype in enumerate(dtypes):
-            x = (torch.rand(*shape, device="cuda") * 100).to(dtype)
+            x = (torch.rand(shape, device="cuda") * 100).to(dtype)
             turn = (k + j) % 4
             if x.dim() >= 2:
                 x = [x, x.transpose(0, -1), x[:, ::2], x[:1].expand(4, *x.shape[1:]) if len(x) else x][turn]
@@ -353,11 +353,11 @@ def uncapturable(load):
 
     def other_stream(x):
         if torch.cuda.is_current_stream_capturing():
-            torch.cuda.set_stream(torch.cuda.Stream())
+            torch.cuda.set_stream(torch.cuda.Stream(priority=-1))
         return x + 1
 
     def unjoined(x):
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream(priority=-1)  # of other streams than the one of the capture
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             return x + 1
@@ -565,7 +565,7 @@ def test_an_engine_that_the_program_forgets(graph, engines) -> None:
 
 def test_branches_inside_the_function(graph, load) -> None:
     """Two calls of one engine at the same time, again and again: each has a context of its own."""
-    engine, side = load("conv_fp16", graphs="off"), torch.cuda.Stream()
+    engine, side = load("conv_fp16", graphs="off"), torch.cuda.Stream(priority=-1)
     output = next(iter(engine.outputs))
 
     def fn(x):

@@ -462,10 +462,9 @@ def test_ten_thousand_actions_without_growth(heads: Heads, way: str) -> None:
 
     run(300)
     torch.cuda.synchronize()
-    held, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    before = counted()
     gc.collect()
-    resident = resident_bytes()
+    held, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    before, resident = counted(), resident_bytes()
     run(10_000)
     torch.cuda.synchronize()
     gc.collect()

@@ -46,7 +46,7 @@ def bench(
     from .options import BenchOptionError, BenchOptions
     from .results import Row
     from .run import run
-    from .subjects import Subject, subject
+    from .subjects import Subject, named, subject
     from .timing import Plan
 
     timing = options.pop("timing", None)
@@ -57,30 +57,33 @@ def bench(
     except TypeError as error:
         raise BenchOptionError(f"jetrt.bench: {error}. BenchOptions lists the options.") from error
     files = Files(out, picture=picture) if out is not None else None
-    named: list[tuple[str | None, Source]]
+    sources: list[tuple[str | None, Source]]
     if isinstance(subjects, Mapping):
-        named = list(subjects.items())
+        sources = list(subjects.items())
     elif isinstance(subjects, Sequence) and not isinstance(subjects, str):
-        named = [(None, each) for each in subjects]
+        sources = [(None, each) for each in subjects]
     else:
-        named = [(None, subjects)]
+        sources = [(None, subjects)]
     found: list[Subject] = []
     failed: list[Row] = []
-    for name, source in named:
+    for name, source in sources:
         try:
             found.append(subject(source, name))
         except (BenchOptionError, KeyboardInterrupt):
             raise
         except Exception as error:  # of the code that was imported; the other subjects go on
             reason = f"it could not be loaded: {type(error).__name__}: {error}"
-            failed.append(Row(name or str(source), "callable", "", "python", None, 1, status="failed", reason=reason))
-    if not named:
+            text = name or (named(source)[0] or str(source) if isinstance(source, (str, os.PathLike)) else repr(source))
+            failed.append(Row(text, "callable", "", "python", None, 1, status="failed", reason=reason))
+    if not sources:
         raise BenchOptionError("there is nothing to measure: name at least one subject.", option="SUBJECT")
-    names = [each.name for each in found]
-    for name in names:
-        if names.count(name) > 1:
+    # One name in two forms, its ONNX file and its module, is one component.
+    names = [(each.name, each.kind) for each in found]
+    for each in names:
+        if names.count(each) > 1:
             raise BenchOptionError(
-                f"two subjects are called {name!r}: name them, such as first={name} second=….", option="SUBJECT"
+                f"two subjects of one kind are called {each[0]!r}: give them names, such as first=… second=….",
+                option="SUBJECT",
             )
     with reporter(progress) as shown:
         report = run(

@@ -14,10 +14,11 @@ import numpy as np
 from ..builder.arrays import Array
 from ..errors import CudaError, LibraryNotFoundError
 
-__all__ = ["Device", "DeviceArray", "Event", "Stream", "device", "download", "loading_mode", "shown"]
+__all__ = ["Device", "DeviceArray", "Event", "Stream", "device", "download", "loading_mode", "on_device", "shown"]
 
-#: numpy has no name for it; this is what jetrt reads it by.
-_BFLOAT16 = "<V2"
+#: Types that the array interface has no name for: (code, bits) of DLPack.
+_DLPACK = {"bfloat16": (4, 16), "void16": (4, 16), "float8_e4m3fn": (10, 8)}
+_CUDA = 2  # kDLCUDA
 _NON_BLOCKING = 1
 
 
@@ -121,24 +122,15 @@ class Event:
 
 
 class DeviceArray:
-    """Device memory with a shape and a type, shown to jetrt as ``__cuda_array_interface__``."""
+    """Device memory with a shape and a type."""
 
     def __init__(self, like: Array) -> None:
-        self.shape, self.dtype, self.nbytes = like.shape, like.dtype, like.nbytes
+        self.nbytes = like.nbytes
         self.pointer = _made("cuMemAlloc_v2", max(like.nbytes, 1))
-        typestr = _BFLOAT16 if like.dtype.name in ("bfloat16", "void16") else like.dtype.str
-        self.__cuda_array_interface__ = {
-            "shape": like.shape,
-            "typestr": typestr,
-            "data": (self.pointer, False),
-            "strides": None,
-            "stream": None,
-            "version": 3,
-        }
 
-    def upload(self, source: Array, stream: Stream) -> None:
-        """Orders a copy on the stream; `source` must stay as it is until that was waited for."""
-        _call("cuMemcpyHtoDAsync_v2", self.pointer, source.ctypes.data, self.nbytes, stream.handle)
+    def upload(self, source: int, stream: Stream) -> None:
+        """Orders a copy from this host address on the stream; it must stay as it is until that was waited for."""
+        _call("cuMemcpyHtoDAsync_v2", self.pointer, source, self.nbytes, stream.handle)
 
     def close(self) -> None:
         if self.pointer:
@@ -146,11 +138,68 @@ class DeviceArray:
             self.pointer = 0
 
 
-def download(target: Array, pointer: int, nbytes: int, stream: Stream) -> None:
-    """Orders a copy from device memory to the beginning of `target`."""
-    _call("cuMemcpyDtoHAsync_v2", target.ctypes.data, pointer, nbytes, stream.handle)
+class _InterfaceArray(DeviceArray):
+    def __init__(self, like: Array) -> None:
+        super().__init__(like)
+        self.__cuda_array_interface__ = {
+            "shape": like.shape,
+            "typestr": like.dtype.str,
+            "data": (self.pointer, False),
+            "strides": None,
+            "stream": None,
+            "version": 3,
+        }
+
+
+class _DlTensor(ctypes.Structure):
+    """DLManagedTensor of dlpack.h, its parts in one row."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+        ("manager_ctx", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    )
+
+
+class _DlpackArray(DeviceArray):
+    """What a capsule points to is the same for every call and stays with this object, so that it needs no deleter."""
+
+    def __init__(self, like: Array, device: int) -> None:
+        super().__init__(like)
+        self._device = (_CUDA, device)
+        self._shape = (ctypes.c_int64 * max(like.ndim, 1))(*like.shape)
+        code, bits = _DLPACK[like.dtype.name]
+        shape = ctypes.addressof(self._shape)
+        self._tensor = _DlTensor(self.pointer, _CUDA, device, like.ndim, code, bits, 1, shape, None, 0, None, None)
+        self._new = ctypes.pythonapi.PyCapsule_New
+        self._new.restype, self._new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._device
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self._new(ctypes.addressof(self._tensor), b"dltensor", None)
+
+
+def on_device(like: Array, device: int) -> DeviceArray:
+    """Memory for such an array, shown to jetrt in the way that has a name for its type."""
+    return _DlpackArray(like, device) if like.dtype.name in _DLPACK else _InterfaceArray(like)
+
+
+def download(target: int, pointer: int, nbytes: int, stream: Stream) -> None:
+    """Orders a copy from device memory to this host address."""
+    _call("cuMemcpyDtoHAsync_v2", target, pointer, nbytes, stream.handle)
 
 
 def shown(dtype: np.dtype[Any]) -> bool:
     """Whether arrays of this type can be shown to jetrt as device memory."""
-    return dtype.kind in "biuf" or dtype.name in ("bfloat16", "void16")
+    return dtype.kind in "biuf" or dtype.name in _DLPACK

@@ -9,6 +9,7 @@ and the outputs stay there, so that the engine is all there is.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import threading
 import time
@@ -22,10 +23,10 @@ from .. import _core
 from ..builder.arrays import Array
 from ..builder.onnx_file import OnnxFile
 from ..builder.options import BuildOptions
-from ..builder.pipeline import build_plan
+from ..builder.pipeline import BuildResult, build_plan
 from ..builder.profiles import NetworkInput
 from ..builder.progress import Reporter
-from ..errors import BuildOptionError, LibraryNotFoundError, ManifestError, UnsupportedVersionError
+from ..errors import BuildOptionError, CudaError, LibraryNotFoundError, ManifestError, UnsupportedVersionError
 from ..provenance import EngineFilenameSchema, Machine, Manifest
 from . import _cuda
 from .inputs import batch_of, size_of, sized, values
@@ -34,7 +35,10 @@ from .session import Session, SkippedError, network_inputs
 from .subjects import Subject
 from .timing import Sample
 
-__all__ = ["EngineSession"]
+__all__ = ["Built", "EngineSession"]
+
+#: (model, precision, shapes of the dynamic inputs) -> the plan.
+Built = dict[tuple[Path, str, tuple[tuple[str, tuple[int, ...]], ...]], BuildResult]
 
 
 class EngineSession(Session):
@@ -51,7 +55,9 @@ class EngineSession(Session):
         *,
         reporter: Reporter,
         sole: bool,
+        built: Built,
     ) -> EngineSession:
+        """`built` has the plans of earlier rows, and gets that of this one."""
         session = cls()
         session._options = options
         if options.device == "cpu":
@@ -59,13 +65,13 @@ class EngineSession(Session):
         device = int(options.device)
         try:
             _core.library_info()
-        except (LibraryNotFoundError, UnsupportedVersionError) as error:
+        except (LibraryNotFoundError, UnsupportedVersionError, CudaError) as error:
             raise SkippedError(str(error)) from error
         assert subject.path is not None
         plan = subject.path
         if subject.kind == "onnx":
             assert precision is not None
-            plan = session._build(subject, precision, batch, device, reporter, sole)
+            plan = session._build(subject, precision, batch, device, reporter, sole, built)
         else:
             session._as_built(plan, precision)
         reporter.title(f"loading {plan}")
@@ -114,34 +120,51 @@ class EngineSession(Session):
             raise SkippedError(f"the plan was built for {known}, not {precision}: give its ONNX to build another one")
 
     def _build(
-        self, subject: Subject, precision: str, batch: int | None, device: int, reporter: Reporter, sole: bool
+        self,
+        subject: Subject,
+        precision: str,
+        batch: int | None,
+        device: int,
+        reporter: Reporter,
+        sole: bool,
+        built: Built,
     ) -> Path:
         path = subject.path
         assert path is not None
         infos = OnnxFile.open(path).network_inputs()
         shapes = sized(infos, batch_of(infos, batch), self._options, named=subject.name, sole=sole)
         dynamic = {info.name: shapes[info.name] for info in infos if -1 in info.shape}
+        key = (path, precision, tuple(dynamic.items()))
+        result = built.get(key)
+        if result is None:
+            result = built[key] = self._built(path, precision, dynamic, device, reporter)
+            self.compiled_now = result.built
+            self.notes += result.notes
+        if not self.compiled_now:
+            self.notes.append("the plan was there already; its compile time is that of its own build")
+        self.precision = precision
+        self._from_manifest(result.manifest)
+        return result.path
+
+    def _built(
+        self, path: Path, precision: str, dynamic: Mapping[str, tuple[int, ...]], device: int, reporter: Reporter
+    ) -> BuildResult:
         bounds: dict[str, Any] = {}
         if dynamic:
             # One shape alone, so that the plan is tuned for what is measured.
             bounds = {bound: ({name: list(s) for name, s in dynamic.items()},) for bound in ("min", "opt", "max")}
         # The bench compares the outputs itself, for every runtime alike; a plan that differs is measured and marked.
-        chosen = {"parity": False, **self._options.build, **bounds, "precision": precision, "device": device}
+        chosen = {"parity": False, **_fitting(self._options.build, precision), **bounds}
+        chosen |= {"precision": precision, "device": device}
         folder = self._options.plans or path.parent
         try:
             options = BuildOptions.from_mapping(chosen, "jetrt bench")
-            name = EngineFilenameSchema.for_machine(_tagged(path.stem, dynamic), Machine.here(device), precision)
+            stem = _tagged(path.stem, dynamic, _special(options))
+            name = EngineFilenameSchema.for_machine(stem, Machine.here(device), precision)
             folder.mkdir(parents=True, exist_ok=True)
-            result = build_plan(path, folder / str(name), options, reporter=reporter)
+            return build_plan(path, folder / str(name), options, reporter=reporter)
         except BuildOptionError as error:  # int8 without data, a precision that this GPU has not: nothing was started
             raise SkippedError(str(error)) from error
-        self.precision = precision
-        self.compiled_now = result.built
-        self._from_manifest(result.manifest)
-        if not result.built:
-            self.notes.append("the plan was there already; its compile time is that of its own build")
-        self.notes += result.notes
-        return result.path
 
     def _from_manifest(self, manifest: Manifest) -> None:
         self.compile_seconds = manifest.build.seconds if manifest.build is not None else None
@@ -200,15 +223,38 @@ class EngineSession(Session):
         self._calls: list[_EngineCall] = []
 
 
-def _tagged(stem: str, dynamic: Mapping[str, tuple[int, ...]]) -> str:
-    """The model's part of a plan's name: with the shapes, since a plan for others is another one."""
-    stem = re.sub("__+", "_", stem).strip("_.") or "model"
-    if not dynamic:
-        return stem
-    tag = "-".join("x".join(map(str, shape)) for shape in dynamic.values())
-    if len(tag) > 60:
-        tag = hashlib.sha256(repr(sorted(dynamic.items())).encode()).hexdigest()[:12]
-    return f"{stem}-{tag}"
+def _fitting(build: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    """What is said for one precision of several is left out for the others, where it would be a contradiction."""
+    calibrated = precision in ("int8", "mixed")
+    return {
+        name: value
+        for name, value in build.items()
+        if (calibrated or not name.startswith(("calib_", "recalibrate")))
+        and (precision != "fp32" or name not in ("fp32_norms", "fp32_patterns"))
+        and (precision == "int8" or name != "int8_only")
+    }
+
+
+def _special(options: BuildOptions) -> dict[str, Any]:
+    """What was asked of the builder beside precision and shapes."""
+    usual = BuildOptions(precision=options.precision).shaping()
+    found = options.shaping()
+    return {name: found[name] for name in found if name not in ("min", "opt", "max") and found[name] != usual[name]}
+
+
+def _tagged(stem: str, dynamic: Mapping[str, tuple[int, ...]], special: Mapping[str, Any]) -> str:
+    """The model's part of a plan's name: with the shapes and other options, since a plan for others is another one."""
+    words = [re.sub("__+", "_", stem).strip("_.") or "model"]
+    if dynamic:
+        shapes = "-".join("x".join(map(str, shape)) for shape in dynamic.values())
+        words.append(shapes if len(shapes) <= 60 else _digest(dynamic))
+    if special:
+        words.append(_digest(special))
+    return "-".join(words)
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 class _EngineCall:
@@ -219,19 +265,22 @@ class _EngineCall:
         self._engine, self._gpu, self._on_host = engine, gpu, on_host
         self._stream = _cuda.Stream(gpu)
         self._events = [_cuda.Event() for _ in range(4)]
-        self._copies: list[tuple[_cuda.DeviceArray, Array]] = []
+        # Addresses, since asking numpy for one takes a microsecond; the arrays are kept alive beside them.
+        self._copies: list[tuple[_cuda.DeviceArray, int]] = []
+        self._kept: list[Array] = []
         self._given: dict[str, Any] = {}
         for name, array in inputs.items():
             if engine.inputs[name].location == "host" or not _cuda.shown(array.dtype):
                 self._given[name] = array  # read by the CPU; or of a type that goes through jetrt's own staging
                 continue
-            there = _cuda.DeviceArray(array)
+            there = _cuda.on_device(array, gpu.index)
             here = _pinned(array)
-            there.upload(here, self._stream)
-            self._copies.append((there, here))
+            there.upload(here.ctypes.data, self._stream)
+            self._copies.append((there, here.ctypes.data))
+            self._kept.append(here)
             self._given[name] = there
         self._stream.wait()
-        self._back: dict[str, Array] = {}
+        self._back: dict[str, tuple[int, Array]] = {}
         self._thread: int | None = None
 
     def __call__(self) -> Sample:
@@ -277,11 +326,13 @@ class _EngineCall:
             (done - begin) * 1e3, (returned - called) * 1e3, start.since(first), end.since(start), last.since(end)
         )
 
-    def _target(self, name: str, nbytes: int) -> Array:
-        target = self._back.get(name)
-        if target is None or target.nbytes < nbytes:
-            target = self._back[name] = _core.pinned_empty(max(nbytes, 1), np.uint8)
-        return target
+    def _target(self, name: str, nbytes: int) -> int:
+        address, array = self._back.get(name, (0, None))
+        if array is None or len(array) < nbytes:
+            array = _core.pinned_empty(max(nbytes, 1), np.uint8)
+            address = array.ctypes.data
+            self._back[name] = (address, array)
+        return address
 
     def close(self) -> None:
         self._gpu.enter()

@@ -93,6 +93,8 @@ class BenchOptions:
     timing: Plan = field(default_factory=Plan)
     #: Options of `jetrt.build` for the plans that are built, such as {"opt_level": 2}.
     build: Mapping[str, Any] = field(default_factory=dict)
+    #: Sums over the subjects, as components of a pipeline.
+    totals: bool = True
     #: Folder for plans that are built; ``None``: beside the model.
     plans: Path | None = None
 

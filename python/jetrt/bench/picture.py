@@ -75,13 +75,22 @@ def picture(report: BenchReport, out: str | os.PathLike[str]) -> None:
         axes.set_axisbelow(True)
         axes.legend(
             handles=[Patch(color=_COLOURS[name], label=_LABELS[name]) for name in _COLOURS if name in used],
-            loc="lower right",
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncol=5,
             fontsize=8,
+            frameon=False,
         )
         rest = f", the first {len(shown)} of {len(rows)} rows" if len(rows) > len(shown) else ""
         partial = ", interrupted" if report.interrupted else ""
-        figure.suptitle(f"Latency{rest}{partial}", fontsize=10, x=0.01, ha="left")
+        figure.suptitle(f"Latency{_where(report)}{rest}{partial}", fontsize=10, x=0.01, ha="left")
         figure.savefig(out)
+
+
+def _where(report: BenchReport) -> str:
+    names = [gpu.get("name") for gpu in report.environment.get("gpus", []) if isinstance(gpu, dict)]
+    size = f", input {report.size}" if report.size not in ("", "mixed") else ""
+    return (f" on {names[0]}" if names and names[0] else "") + size
 
 
 def _parts(row: Row) -> dict[str, float]:
@@ -102,8 +111,9 @@ def _name(row: Row) -> str:
 
 def _label(row: Row) -> str:
     assert row.end_to_end is not None
-    words = [f"{row.end_to_end.median:.3g} ms"]
-    words += [f"{row.fps:.4g} fps"] if row.fps else []
+    median = row.end_to_end.median
+    words = [f"{median:.3g} ms" if median < 100 else f"{median:,.0f} ms"]
+    words += [f"{row.fps:,.1f} fps" if row.fps < 100 else f"{row.fps:,.0f} fps"] if row.fps else []
     words += [row.verdict] if row.verdict in ("unstable", "throttled") else []
     words += [row.status] if row.status != "ok" else []
     return ", ".join(words)

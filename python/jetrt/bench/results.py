@@ -121,7 +121,7 @@ class Row:
             "power_w": last and last.power_w,
             "gpu_temp_c": last and last.gpu_temp_c,
             "cpu_temp_c": last and last.cpu_temp_c,
-            "reason": " ".join(self.reason.split()),
+            "reason": self.reason,
         }
         return {name: _cell(value, name) for name, value in known.items()}
 
@@ -170,7 +170,11 @@ class BenchReport:
         told: dict[str, list[str]] = {}  # rows with one reason are named together
         for row in self.rows:
             if row.reason and row.status not in ("ok", "not run"):
-                told.setdefault(f"{row.status}: {_first_line(row.reason)}", []).append(row.label)
+                told.setdefault(f"{row.status}: {_brief(row.reason)}", []).append(row.label)
+            if row.verdict in ("unstable", "throttled"):
+                told.setdefault(f"{row.verdict}: {'; '.join(row.verdict_reasons)}", []).append(row.label)
+            for note in row.notes:
+                told.setdefault(f"note: {_brief(note)}", []).append(row.label)
         reasons = [f"{', '.join(labels)}: {reason}" for reason, labels in told.items()]
         return "\n".join([text, *([""] if reasons else []), *reasons])
 
@@ -209,12 +213,15 @@ def total(rows: Sequence[Row]) -> list[Row]:
         if len(members) == len(models) and any(row.end_to_end for row in members.values()):
             found.append(_sum(list(members.values()), precision, runtime, batch, concurrency))
     timed = [row for row in rows if row.status == "ok" and row.end_to_end is not None and row.concurrency == 1]
+    least = min((row.batch for row in timed if row.batch is not None), default=None)
+    timed = [row for row in timed if row.batch in (None, least)]
     best = {model: min(mine, key=_median) for model in models if (mine := [row for row in timed if row.model == model])}
     if best:
         chosen = _sum([best[m] for m in models if m in best], "fastest", "fastest", None, 1)
         missing = [model for model in models if model not in best]
         if missing:
             chosen.status, chosen.reason = "incomplete", f"no row of {', '.join(missing)} is ok"
+            chosen.end_to_end, chosen.parts = None, {}
         chosen.notes = [f"{row.model}: {row.precision} {row.runtime} batch {row.batch}" for row in best.values()]
         found.append(chosen)
     return found
@@ -230,8 +237,8 @@ def _sum(rows: Sequence[Row], precision: str, runtime: str, batch: int | None, c
     missing = [row.model for row in rows if row.status != "ok" or row.end_to_end is None]
     known = [row.end_to_end for row in rows if row.end_to_end is not None and row.status == "ok"]
     if missing:
-        result.status, result.reason = "incomplete", f"{', '.join(missing)}: no row that is ok"
-    if known:
+        result.status, result.reason = "incomplete", f"no row of {', '.join(missing)} is ok"
+    if known and not missing:
         nan = math.nan  # percentiles and extremes of a sum are not those of its parts
         result.end_to_end = Summary(
             min(e.calls for e in known), nan, sum(e.mean for e in known), sum(e.median for e in known), nan, nan, nan
@@ -241,7 +248,7 @@ def _sum(rows: Sequence[Row], precision: str, runtime: str, batch: int | None, c
                 medians = sum(row.parts[part].median for row in rows)
                 means = sum(row.parts[part].mean for row in rows)
                 result.parts[part] = Summary(result.end_to_end.calls, nan, means, medians, nan, nan, nan)
-        if batch is not None and not missing and result.end_to_end.mean > 0 and concurrency == 1:
+        if batch is not None and result.end_to_end.mean > 0 and concurrency == 1:
             result.fps = 1e3 * batch / result.end_to_end.mean
     compiled = [row.compile_seconds for row in rows if row.compile_seconds is not None]
     result.compile_seconds = sum(compiled) if compiled else None
@@ -257,11 +264,13 @@ def _cell(value: Any, name: str) -> str:
         if name == "max_abs_error":
             return f"{value:.3g}"
         return f"{value:.4f}" if name.endswith("_ms") else f"{value:.2f}"
-    return str(value)
+    return " ".join(str(value).split())  # one line, whatever is in a name or a message
 
 
-def _first_line(text: str) -> str:
-    return text.splitlines()[0] if text else ""
+def _brief(text: str, most: int = 300) -> str:
+    """On one line; the JSON has all of it."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]}…"
 
 
 def _plain(value: Any) -> Any:

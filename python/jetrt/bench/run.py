@@ -25,7 +25,7 @@ from .telemetry import HostMemory, Telemetry, settings
 from .timing import PARTS, Measured, Summary, Warmed, measure, warm_up
 from .verdict import judge
 
-__all__ = ["PRECISIONS", "rows_of", "run"]
+__all__ = ["PRECISIONS", "rows_of", "run", "runtimes_of"]
 
 #: Without --precision.
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -34,16 +34,21 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 # ---------------------------------------------------------------------------------------------------------- which rows
 
 
+def runtimes_of(subject: Subject, options: BenchOptions) -> list[str]:
+    """Those that were asked for and run such a subject."""
+    asked = RUNTIMES if options.runtimes is None else options.runtimes
+    return [name for name in asked if subject.kind in RUNTIMES[name].kinds]
+
+
 def rows_of(subject: Subject, options: BenchOptions) -> list[Row]:
     """The rows of a subject, those that are skipped from the start included, with the reason."""
-    fitting = [name for name, entry in RUNTIMES.items() if subject.kind in entry.kinds]
-    named = fitting if options.runtimes is None else [name for name in options.runtimes if name in fitting]
+    named = runtimes_of(subject, options)
     if not named:
-        assert options.runtimes is not None
-        reason = f"{subject.name} is {_KIND[subject.kind]}, which is run by {', '.join(fitting)}"
+        fitting = ", ".join(name for name, entry in RUNTIMES.items() if subject.kind in entry.kinds)
+        reason = f"{subject.name} is {_KIND[subject.kind]}, which is run by {fitting}"
         return [
             Row(subject.name, subject.kind, "", name, None, 1, status="skipped", reason=reason)
-            for name in options.runtimes
+            for name in options.runtimes or ()
         ]
     rows = []
     sweep = list(itertools.product(options.batches or (None,), options.concurrency))
@@ -106,9 +111,14 @@ class _Bench:
         self.options, self.reporter, self.keep = options, reporter, keep
         self.sole = len(subjects) == 1
         self.telemetry = Telemetry(options.device if isinstance(options.device, int) else 0)
-        self.work = [(subject, row) for subject in subjects for row in rows_of(subject, options)]
+        # A component in several forms is run in those that the runtimes take; the others are no rows of it.
+        run = {subject.name for subject in subjects if runtimes_of(subject, options)}
+        wanted = [subject for subject in subjects if runtimes_of(subject, options) or subject.name not in run]
+        self.work = [(subject, row) for subject in wanted for row in rows_of(subject, options)]
         self.references = {id(subject): References(subject, options) for subject in subjects}
         self.rows = [row for _, row in self.work]
+        #: Plans that were built or found, for rows that differ in threads alone.
+        self.built: dict[Any, Any] = {}
 
     def run(self) -> BenchReport:
         started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -126,8 +136,16 @@ class _Bench:
         for row in self.rows:
             if row.status == "not run":
                 row.reason = "Ctrl-C came before it"
+        for row in self.rows:  # a row that was not run has the size of its model's others, where they agree
+            sizes = {other.imgsz for other in self.rows if other.model == row.model and other.imgsz}
+            if not row.imgsz and len(sizes) == 1:
+                (row.imgsz,) = sizes
+        if self.telemetry.silent:
+            report.notes.append(
+                "no sensor told a temperature, a clock or the power; whether anything throttled is unknown"
+            )
         report.complete = not report.interrupted
-        report.rows = [*self.rows, *total(self.rows)]
+        report.rows = [*self.rows, *(total(self.rows) if self.options.totals else ())]
         self.keep(report)
         return report
 
@@ -147,7 +165,8 @@ class _Bench:
         except RuntimeNotAvailableError as error:
             row.status, row.reason = "skipped", str(error)
         except KeyboardInterrupt:
-            row.status, row.reason = "interrupted", "Ctrl-C came while it was prepared"
+            if row.status != "interrupted":
+                row.status, row.reason = "interrupted", "Ctrl-C came while it was prepared"
             raise
         except BuildCrashError as error:
             row.status, row.reason = "failed", f"{type(error).__name__}: {error}"
@@ -161,13 +180,13 @@ class _Bench:
                 gpu.look()
                 with contextlib.suppress(JetrtError):  # what broke the row breaks its end
                     session.close()
-            peak, before = host.peak(), host.before
-            row.memory = {
-                "host_peak": peak,
-                "host_added": None if peak is None or before is None else max(peak - before, 0),
-                "device_used": gpu.used,
-            }
-            row.settings = settings()
+                peak, before = host.peak(), host.before
+                row.memory = {
+                    "host_peak": peak,
+                    "host_added": None if peak is None or before is None else max(peak - before, 0),
+                    "device_used": gpu.used,
+                }
+                row.settings = settings()
 
     def _opened(self, subject: Subject, row: Row) -> Session:
         options, batch = self.options, row.batch
@@ -176,14 +195,21 @@ class _Bench:
             from .engine_session import EngineSession
 
             return EngineSession.open(
-                subject, precision, batch, row.concurrency, options, reporter=self.reporter, sole=self.sole
+                subject,
+                precision,
+                batch,
+                row.concurrency,
+                options,
+                reporter=self.reporter,
+                sole=self.sole,
+                built=self.built,
             )
         if row.runtime == "python":
             from .callable_session import CallableSession
 
             return CallableSession.open(subject, row.precision, batch, options)
         if subject.kind == "torch":
-            _available(row.runtime)
+            _available(row.runtime, device="cpu" if options.device == "cpu" else f"cuda:{options.device}")
             from .torch_session import TorchSession
 
             return TorchSession.open(subject, row.runtime, row.precision, batch, options, sole=self.sole)
@@ -339,12 +365,12 @@ class _GpuMemory:
                 self.used = max(self.used, self._free - self._gpu.memory()[0])
 
 
-def _available(runtime: str) -> None:
+def _available(runtime: str, **options: Any) -> None:
     """Raises `SkippedError` with what is missing."""
     from ..runtime import get_runtime
 
     try:
-        get_runtime(runtime)
+        get_runtime(runtime, **options)
     except RuntimeNotAvailableError as error:
         raise SkippedError(str(error)) from error
 

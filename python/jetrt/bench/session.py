@@ -85,7 +85,8 @@ class HostSession(Session):
         if runtime == "onnx_trt_ep":
             config["device"] = options.device
         chosen = get_runtime(runtime, **config)
-        profiles = tuple((name, shape, shape, shape) for name, shape in shapes.items() if runtime == "onnx_trt_ep")
+        dynamic = {info.name: shapes[info.name] for info in infos if -1 in info.shape and runtime == "onnx_trt_ep"}
+        profiles = tuple((name, shape, shape, shape) for name, shape in dynamic.items())
         begin = time.perf_counter()
         entry = chosen.compile_engine(
             subject.path,

@@ -28,7 +28,7 @@ from .options import BenchOptionError
 if TYPE_CHECKING:
     import os
 
-__all__ = ["Kind", "Subject", "subject"]
+__all__ = ["Kind", "Subject", "named", "subject"]
 
 Kind = Literal["onnx", "plan", "torch", "callable"]
 
@@ -79,11 +79,7 @@ def subject(what: str | os.PathLike[str] | Callable[..., Any], name: str | None 
     the code that is imported goes through."""
     if callable(what) and not isinstance(what, (str, Path)):
         return _of_object(what, name or _name_of(what), f"an object of type {type(what).__name__}", None, own=False)
-    text = str(what)
-    if isinstance(what, str) and name is None:
-        head, separator, rest = text.partition("=")
-        if separator and head and rest and "/" not in head and ":" not in head and not Path(text).exists():
-            name, text = head, rest
+    name, text = named(what) if name is None else (name, str(what))
     path = Path(text)
     kind = _SUFFIXES.get(path.suffix.lower())
     if kind is None and path.is_file():
@@ -111,6 +107,15 @@ def subject(what: str | os.PathLike[str] | Callable[..., Any], name: str | None 
                 allowed=names,
             ) from None
     return _of_object(found, name or attribute, text, getattr(loaded, "example_inputs", None), own=True)
+
+
+def named(what: str | os.PathLike[str]) -> tuple[str | None, str]:
+    """The name that was put before it, and the rest."""
+    text = str(what)
+    head, separator, rest = text.partition("=")
+    if isinstance(what, str) and separator and head and rest and not {"/", ":"} & {*head} and not Path(text).exists():
+        return head, rest
+    return None, text
 
 
 def _of_object(found: Any, name: str, text: str, beside: Any, *, own: bool) -> Subject:

@@ -82,6 +82,8 @@ class Telemetry:
 
     def __init__(self, device: int = 0) -> None:
         self.problem: str | None = None
+        #: Whether every reading so far was empty.
+        self.silent = False
         self._monitor: Any = None
         try:
             self._monitor = importlib.import_module("jetrt.thermal").monitor(device)
@@ -92,7 +94,9 @@ class Telemetry:
         if self._monitor is None:
             return None
         try:
-            return Reading.of(self._monitor.snapshot())
+            found = Reading.of(self._monitor.snapshot())
+            self.silent = found == Reading(power_mode=found.power_mode)
+            return found
         except (AttributeError, OSError, RuntimeError, JetrtError) as error:
             self.problem = f"{type(error).__name__}: {error}"
             return None

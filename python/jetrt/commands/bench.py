@@ -28,6 +28,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     _plans(parser.add_argument_group("plans that are built").add_argument)
     add = parser.add_argument
     add("--out", type=Path, default=Path("bench_results"), metavar="DIR", help="folder for results (bench_results)")
+    add("--no-total", action="store_true", help="no sums: the subjects are not components of one pipeline")
     add("--no-picture", action="store_true", help="draw nothing")
     add("--progress", choices=KINDS, default="auto", help="how progress is shown (auto)")
 
@@ -160,6 +161,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             build=build,
             plans=arguments.plans,
+            totals=not arguments.no_total,
             timing={
                 "calls": arguments.iterations,
                 "seconds": arguments.duration,

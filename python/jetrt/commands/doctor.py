@@ -26,7 +26,10 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.add_argument(
-        "--bundle", type=Path, metavar="FILE.tar.gz", help="write what a bug report to NVIDIA needs, without secrets"
+        "--bundle",
+        type=Path,
+        metavar="FILE.tar.gz",
+        help="write what a bug report to NVIDIA needs, without secrets (as --deep)",
     )
     parser.add_argument(
         "--include", action="append", default=[], type=Path, metavar="FILE", help="a log or model for the bundle"

@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,9 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from ..environment import size, text
+from ..environment import text
 from ..environment.packages import all_packages
 from ..environment.variables import SECRET_NAME, hide_tokens
+from ..report import size
 from .facts import Facts
 from .finding import Report
 
@@ -30,7 +32,7 @@ __all__ = ["scrubber", "write_bundle"]
 #: Files of the system that say what the board and its driver are. None has a serial number.
 _FILES: Final = (
     *("etc/os-release", "etc/nv_tegra_release", "etc/nvpmodel.conf", "var/lib/nvpmodel/status"),
-    *("proc/driver/nvidia/version", "proc/meminfo", "proc/swaps", "proc/version", "proc/cmdline", "proc/buddyinfo"),
+    *("proc/driver/nvidia/version", "proc/meminfo", "proc/swaps", "proc/version", "proc/buddyinfo"),
     *("proc/device-tree/model", "proc/device-tree/compatible", "usr/local/cuda/version.json"),
 )
 #: Lines of the kernel's log that matter.
@@ -102,8 +104,6 @@ def write_bundle(
     `include`: further files, such as a build's log; what is text goes through the filter, the rest (a model) goes in as
     it is. `root`, `search` (instead of `sys.path`) and `scrub` are for tests. Raises OSError.
     """
-    import sys
-
     path = Path(path)
     scrub = scrub or scrubber(facts.environ, user=_user(), host=socket.gethostname())
     contents: dict[str, bytes] = {}
@@ -215,8 +215,10 @@ def _report(facts: Facts, report: Report) -> str:
         "cuDNN": ", ".join(f"{lib.version}" for lib in here.libraries_of("cudnn")) or "none found",
         "torch": here.version_of("torch") or "none",
         "torch_tensorrt": here.version_of("torch-tensorrt") or "none",
-        "onnx, onnxruntime": f"{here.version_of('onnx')}, {here.version_of('onnxruntime', 'onnxruntime-gpu')}",
-        "Python, numpy": f"{here.python.version}, {here.version_of('numpy')}",
+        "onnx, onnxruntime": ", ".join(
+            here.version_of(*names) or "none" for names in (("onnx",), ("onnxruntime", "onnxruntime-gpu"))
+        ),
+        "Python, numpy": f"{here.python.version}, {here.version_of('numpy') or 'none'}",
         "OS": f"{here.system.name}, Linux {here.system.kernel}",
         "Container": here.system.container or "no",
         "jetrt": str(here.jetrt.get("version")),

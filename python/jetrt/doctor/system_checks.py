@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from ..environment import size
+from ..report import size
 from .facts import Facts
 from .finding import Finding
 
@@ -15,7 +15,7 @@ _DROP: Final = "sync && echo 3 | sudo tee /proc/sys/vm/drop_caches"
 
 
 def gpu_is_there(facts: Facts) -> Iterator[Finding]:
-    if not facts.environment.gpus:
+    if not facts.environment.gpus and facts.machine is None:
         yield Finding(
             "no-gpu",
             "note",
@@ -57,7 +57,7 @@ def swap(facts: Facts) -> Iterator[Finding]:
     yield Finding(
         "swap-missing",
         "warning",
-        f"there are {size(max(on_disk, 0))} of swap on disk, with {size(memory.total)} of memory{zram}",
+        f"the swap on disk is {size(max(on_disk, 0))}, with {size(memory.total)} of memory{zram}",
         "GPU memory cannot be swapped, but what other programs hold can: without swap a build is killed sooner",
         (
             "sudo systemctl disable --now nvzramconfig",

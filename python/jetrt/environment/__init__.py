@@ -18,7 +18,7 @@ from .. import _core
 from .. import platform as _platform
 from .libraries import Library, find_libraries, used_by_jetrt, used_by_loader
 from .packages import Package, Python, find_packages, read_python, system_packages
-from .shown import size, text
+from .shown import text
 from .system import Gpu, Memory, Power, System, find_gpus, read_memory, read_power, read_system
 from .variables import shown_variables, switches
 
@@ -34,7 +34,6 @@ __all__ = [
     "System",
     "collect",
     "read",
-    "size",
     "text",
     "used_by_jetrt",
     "used_by_loader",

@@ -121,9 +121,12 @@ def _places(
     with contextlib.suppress(OSError):
         cache = (root / "etc/ld.so.cache").read_bytes()
         names = b"|".join(re.escape(name).encode() for name in _NAMES)
+        cached: dict[Path, list[str]] = {}
         for text in dict.fromkeys(re.findall(rb"/[^\0]*/lib(?:" + names + rb")[\w.]*\.so[\d.]*(?=\0)", cache)):
             file = root / os.fsdecode(text).lstrip("/")
-            yield file.parent, "loader", [file.name]
+            cached.setdefault(file.parent, []).append(file.name)
+        for place, files in cached.items():
+            yield place, "loader", files
     for name in _FOLDERS:
         yield root / name, "system folder", None
 

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..report import table
+from ..report import size, table
 from .libraries import used_by_jetrt
 
 if TYPE_CHECKING:
     from . import Environment
 
-__all__ = ["size", "text"]
-
-
-def size(count: int | None) -> str:
-    """Bytes as "15.2 GiB"; "unknown" for None."""
-    if count is None:
-        return "unknown"
-    return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.1f} MiB"
+__all__ = ["text"]
 
 
 def text(found: Environment) -> str:

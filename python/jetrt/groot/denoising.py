@@ -96,6 +96,10 @@ class FeatureLoop:
         size = (features.shape[0], head.config.action_horizon, head.action_dim)
         return torch.randn(size=size, dtype=features.dtype, device=features.device)
 
+    def given_noise(self, _batch: int) -> Any:
+        """The noise that somebody has put into the head, or None: it is drawn."""
+        return None
+
     def begin(self, inputs: Inputs) -> Inputs:
         """What happens once, before the steps."""
         return inputs
@@ -172,10 +176,14 @@ class EngineLoop(FeatureLoop):
 
     def noise(self, features: Any) -> Any:
         head = self.head
-        if _has(head, "init_actions"):
-            return head.init_actions.expand((features.shape[0], -1, -1))
+        given = self.given_noise(features.shape[0])
+        if given is not None:
+            return given
         size = (features.shape[0], head.config.action_horizon, head.action_dim)
         return torch.randn(size=size, dtype=self.noise_dtype, device=features.device)
+
+    def given_noise(self, _batch: int) -> Any:
+        return self.head.init_actions.expand((_batch, -1, -1)) if _has(self.head, "init_actions") else None
 
     def begin(self, inputs: Inputs) -> Inputs:
         head = self.head

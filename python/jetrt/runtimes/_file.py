@@ -238,7 +238,7 @@ class FileRuntime(InferenceRuntime):
 
 def title(entry: EngineCacheEntry) -> str:
     """`ultravpr@fp16`: the model, and its precision where the entry or the file's name says it."""
-    model = entry.path.stem
+    model = entry.path.stem.strip("<>")  # "<Head 0>" is a module
     precision: str | None = None
     with contextlib.suppress(BuildOptionError):  # a name of another form
         named = EngineFilenameSchema.parse(entry.path.name)

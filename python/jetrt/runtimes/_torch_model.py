@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -95,7 +96,7 @@ class TorchModel:
             "kind": source.kind,
             "device": str(device),
             "autocast_dtype": autocast_dtype,
-            "warnings": [],
+            "warnings": list(source.warnings),
         }
 
     # ------------------------------------------------------------------------------------------- what it is
@@ -193,6 +194,10 @@ class TorchModel:
         self._check_names(named)
         with self._on_stream(torch, stream):
             taken = {name: self._take(torch, name, value) for name, value in named.items()}
+            if stream is not None:  # the allocator must not give their memory away before that stream has read it
+                for value in taken.values():
+                    if isinstance(value, torch.Tensor) and value.device.type == "cuda":
+                        value.record_stream(torch.cuda.current_stream(self._device))
             bound = [f"{name} {_shown(value)}" for name, value in taken.items()]
             with self._failures(torch, bound), torch.no_grad(), self._autocast(torch):
                 results = self._named_results(torch, source.call(taken))
@@ -298,7 +303,7 @@ class TorchModel:
                     "Call under torch.no_grad() or torch.inference_mode(), or pass x.detach().",
                 )
         elif isinstance(value, (np.ndarray, np.generic)):
-            tensor = self._from_numpy(torch, given, np.asarray(value))
+            tensor = self._from_numpy(torch, given, np.asanyarray(value))
         elif hasattr(value, "__dlpack__"):
             tensor = torch.from_dlpack(value)
         elif hasattr(value, "__cuda_array_interface__"):
@@ -473,8 +478,12 @@ def device_missing(device: str) -> list[str]:
         return []
     if kind != "cuda":
         return [f'a device {device!r} (allowed: "cuda", "cuda:1" and so on, "cpu")']
-    if not torch.cuda.is_available():
+    with warnings.catch_warnings(record=True) as said:  # torch says the reason as a warning
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if not available:
         why = "was built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
+        why += "".join(f": {str(warning.message).partition('. ')[0]}" for warning in said[:1])
         return [f'a CUDA device for torch (torch {torch.__version__} {why}); device="cpu" must be asked for']
     if number and int(number) >= torch.cuda.device_count():
         return [f"the CUDA device {number} (torch sees {torch.cuda.device_count()})"]

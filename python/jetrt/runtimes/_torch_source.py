@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -35,6 +36,8 @@ class TorchSource:
     inputs: Mapping[str, HostTensorInfo] = field(default_factory=dict)
     #: Of such a program: its flat inputs (a name, or a constant that it was exported with) and how they are nested.
     structure: Any = None
+    #: What torch warned of while it read the file.
+    warnings: tuple[str, ...] = ()
 
 
 def open_source(source: Any, device: Any, runtime: str) -> TorchSource:
@@ -91,9 +94,13 @@ def _from_file(path: Path, device: Any, runtime: str) -> TorchSource:
 
     kind = _kind(path, runtime)
     try:
-        if kind == "TorchScript":
-            return _script(torch.jit.load(str(path), map_location=device).eval(), path, path.stem)
-        return program_source(torch.export.load(str(path)), path, path.stem, device)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            if kind == "TorchScript":
+                opened = _script(torch.jit.load(str(path), map_location=device).eval(), path, path.stem)
+            else:
+                opened = program_source(torch.export.load(str(path)), path, path.stem, device)
+        return replace(opened, warnings=tuple(str(warning.message) for warning in said))
     except EngineDeserializeError:
         raise
     except Exception as error:  # whatever torch meets in a damaged or foreign file
@@ -147,7 +154,19 @@ def _module(module: Any, name: str) -> TorchSource:
     )
 
 
+#: Operators that compute something else in training, and which of their arguments says so.
+_TRAINING = {"aten::dropout": 2, "aten::feature_dropout": 2, "aten::batch_norm": 5}
+
+
 def _script(module: Any, path: Path | None, name: str) -> TorchSource:
+    for node in module.inlined_graph.nodes():
+        place = _TRAINING.get(node.kind())
+        # A constant: a trace made in training mode, which eval() does not change.
+        if place is not None and list(node.inputs())[place].toIValue() is True:
+            _refuse(
+                str(path or name),
+                f"it was traced in training mode ({node.kind()} is fixed to it). Call module.eval() before tracing",
+            )
     arguments = [argument for argument in module.forward.schema.arguments if argument.name != "self"]
     return TorchSource(
         "TorchScript",

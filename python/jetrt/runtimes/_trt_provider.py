@@ -63,19 +63,24 @@ def version() -> str:
 def tensorrt_version() -> str | None:
     """Of the TensorRT that jetrt has opened or finds; onnxruntime meets the same one."""
     with contextlib.suppress(LibraryNotFoundError, UnsupportedVersionError, CudaError):
-        return str(_core.library_info()["version"])
+        return str(_core.library_info()["tensorrt"])
     return None
 
 
 def _provider_library() -> Path | None:
     """The provider's library in the package. An own build may have it elsewhere: then the list of providers counts."""
     module = sys.modules.get("onnxruntime")
+    if module is not None:
+        places = [str(Path(str(module.__file__)).parent)]
+    else:
+        spec = importlib.util.find_spec("onnxruntime")
+        places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    for place in places:
+        if (found := _in_package(Path(place))) is not None:
+            return found
     if module is not None and PROVIDER in module.get_available_providers():
-        found = _in_package(Path(str(getattr(module, "__file__", ""))).parent)
-        return found or Path("libonnxruntime_providers_tensorrt.so")
-    spec = importlib.util.find_spec("onnxruntime") if module is None else None
-    places = list(spec.submodule_search_locations or ()) if spec is not None else []
-    return next((found for place in places if (found := _in_package(Path(place)))), None)
+        return Path("libonnxruntime_providers_tensorrt.so")
+    return None
 
 
 def _in_package(folder: Path) -> Path | None:
@@ -94,18 +99,17 @@ def _libraries(provider: Path) -> list[str]:
     pairing = f"onnxruntime {version()} is built with " + (
         f"TensorRT {paired[0]}.{paired[1]}" if paired else "a TensorRT that is not in jetrt's table"
     )
-    tensorrt_version()  # opens it
+    beside = None
+    if tensorrt_version() is not None:  # opens it
+        beside = Path(str(_core.library_info()["path"])).parent
     if not provider.is_file():
         return []
-    lacking = []
+    lacking, absent = [], []
     for name in _needed(provider):
         try:
-            library = ctypes.CDLL(name, mode=ctypes.RTLD_LOCAL)
+            library = _opened(name, beside)
         except OSError as error:
-            step = "put its folder on LD_LIBRARY_PATH"
-            if not name.startswith("libnv"):
-                step += " (where pip installed CUDA: call onnxruntime.preload_dlls(), or import torch, first)"
-            lacking.append(f"the library {name} of {PROVIDER} ({error}; {pairing}); {step}")
+            absent.append(f"{name} ({str(error).removeprefix(f'{name}: ')})")
             continue
         if name.startswith("libnvinfer.so") and paired is not None:
             found = _tensorrt_version(library)
@@ -115,7 +119,23 @@ def _libraries(provider: Path) -> list[str]:
                     f"a TensorRT for {PROVIDER}: {pairing} and {name} here is {has}; "
                     f"install the onnxruntime for TensorRT {has}, or TensorRT {paired[0]}.{paired[1]}"
                 )
+    if absent:
+        lacking.append(
+            f"libraries of {PROVIDER}: {', '.join(absent)}; {pairing}; put their folders on LD_LIBRARY_PATH (where pip "
+            "installed CUDA: call onnxruntime.preload_dlls(), or import torch, first)"
+        )
     return lacking
+
+
+def _opened(name: str, beside: Path | None) -> ctypes.CDLL:
+    """The library as the loader finds it, or TensorRT's own beside the libnvinfer that jetrt uses, which the
+    loader knows by its name from then on."""
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        if beside is None or not name.startswith("libnv") or not (beside / name).is_file():
+            raise
+    return ctypes.CDLL(str(beside / name))
 
 
 _NEEDED = re.compile(rb"\0(lib(?:nvinfer|nvonnxparser|cudart|cublas|cudnn)\.so\.\d+)(?=\0)")

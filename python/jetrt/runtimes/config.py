@@ -325,7 +325,7 @@ def _wrong(place: str, found: Any, allowed: str) -> RuntimeConfigError:
 
 
 def _unknown(place: str, key: str, allowed: Sequence[str], what: str = "key") -> RuntimeConfigError:
-    near = difflib.get_close_matches(key, allowed, n=1)
+    near = ["name"] if key == "runtime" else difflib.get_close_matches(key, allowed, n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
     return RuntimeConfigError(
         f"{place}: unknown {what}; allowed: {', '.join(allowed)}{hint}", key=place, found=key, allowed=list(allowed)

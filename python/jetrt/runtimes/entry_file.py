@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import EngineDeserializeError
+from ..errors import EngineBuildError, EngineDeserializeError
 from ..provenance.publish import replace_text
 from ..runtime import BuildConfig, EngineCacheEntry
 
@@ -17,6 +17,12 @@ SCHEMA = "jetrt-engine-entry-1"
 
 def save(entry: EngineCacheEntry, path: str | os.PathLike[str]) -> None:
     """Writes it in one step. Raises `EngineBuildError`."""
+    if not entry.sha256:
+        raise EngineBuildError(
+            f"{entry.path}: the entry was made from a module in this process; there is no file that could be loaded "
+            "after a restart. Export the module, and compile the file.",
+            path=str(entry.path),
+        )
     file, engine = Path(path).absolute(), entry.path.absolute()
     if engine.is_relative_to(file.parent):
         engine = engine.relative_to(file.parent)

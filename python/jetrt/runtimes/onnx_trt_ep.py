@@ -23,6 +23,7 @@ from ..builder.onnx_file import OnnxFile
 from ..errors import EngineBuildError, EngineDeserializeError
 from ..runtime import BuildConfig, EngineCacheEntry
 from ._build_checks import check_profiles, with_precision
+from ._calibration_table import check_table
 from ._file import FileRuntime, log
 from ._host_model import check_policies
 from ._placement import count_nodes, refuse_partition
@@ -107,9 +108,9 @@ class OnnxTrtModel(SessionModel):
         on_dtype: Literal["error", "cast"] = "error",
     ) -> None:
         """`precision` is what TensorRT may compute in. "int8" needs a model with QuantizeLinear nodes, or
-        `calibration_table`, a table that TensorRT wrote for this very model. `profiles` are (input, min, opt, max).
-        With `allow_partition` nodes that TensorRT does not take run on CUDA and the CPU; otherwise one is an error.
-        Engines are cached below `cache_dir`, by default in ``~/.cache/jetrt/onnx_trt_ep``."""
+        `calibration_table`, the cache that `jetrt build` wrote for this very model. `profiles` are (input, min, opt,
+        max). With `allow_partition` nodes that TensorRT does not take run on CUDA and the CPU; otherwise one is
+        an error. Engines are cached below `cache_dir`, by default in ``~/.cache/jetrt/onnx_trt_ep``."""
         check_policies(on_strided, on_dtype)
         started = time.perf_counter()
         file = Path(path)
@@ -118,7 +119,7 @@ class OnnxTrtModel(SessionModel):
             device,
             precision,
             _table(file, precision, calibration_table),
-            tuple(profiles),
+            _dynamic(file, profiles),
             workspace_mb,
             allow_partition,
         )
@@ -161,6 +162,23 @@ class _Wanted:
 # ----------------------------------------------------------------------------------------- precision, cache
 
 
+def _dynamic(path: Path, profiles: Sequence[Profile]) -> tuple[Profile, ...]:
+    """The profiles without those of inputs that have one shape anyway; another shape than that is refused."""
+    fixed = {info.name: info.shape for info in OnnxFile.open(path).inputs if info.shape and -1 not in info.shape}
+    kept = []
+    for name, *ranges in profiles:
+        if name not in fixed:
+            kept.append((name, *ranges))
+        elif any(tuple(shape) != fixed[name] for shape in ranges):
+            shown = ", ".join(str(list(shape)) for shape in ranges)
+            raise EngineBuildError(
+                f"{path}: the profile of {name!r} has the shapes {shown}, and the input is always {list(fixed[name])}. "
+                "Leave the profile out, or export the model with that dimension dynamic.",
+                path=str(path),
+            )
+    return tuple(kept)  # type: ignore[arg-type]
+
+
 def _table(path: Path, precision: str, given: str | os.PathLike[str] | None) -> Path | None:
     """The calibration table; int8 without scales is refused, since TensorRT would take what it finds."""
     if precision not in _FLAGS:
@@ -175,13 +193,12 @@ def _table(path: Path, precision: str, given: str | os.PathLike[str] | None) -> 
                 'out, or ask for precision="int8".',
                 path=str(path),
             )
-        if not table.is_file():
-            raise EngineBuildError(f"{path}: there is no calibration table {table}.", path=str(path))
+        check_table(table, path, tensorrt_version())
         return table
     if precision == "int8" and "int8" not in OnnxFile.open(path).quantization:
         raise EngineBuildError(
             f"{path}: int8 was asked for, the model has no QuantizeLinear nodes, and there is no calibration_table. "
-            "onnxruntime calibrates nothing by itself: give a table that TensorRT wrote for this model, quantise the "
+            "onnxruntime calibrates nothing by itself: give the cache of a `jetrt build` of it, quantise the "
             'model explicitly, or build it with the runtime "tensorrt", which calibrates from data.',
             path=str(path),
         )
@@ -259,6 +276,8 @@ def _open_session(path: Path, wanted: _Wanted, cache: Path) -> Any:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's classes have no common base
+        if options.enable_profiling:
+            shutil.rmtree(Path(options.profile_file_prefix).parent, ignore_errors=True)
         text = str(error)
         step = ""
         if "fallback to CPU EP has been explicitly disabled" in text:

@@ -16,11 +16,11 @@ from typing import Any, ClassVar, Final, Literal
 
 from ..errors import CudaError, EngineBuildError, EngineDeserializeError, LibraryNotFoundError, UnsupportedVersionError
 from ..runtime import BuildConfig, EngineCacheEntry
-from ._file import FileRuntime, log
+from ._file import log
 from ._packages import broken, version_of
 from ._torch_model import TorchModel, device_missing
+from ._torch_runtime import TorchRuntime
 from ._torch_source import TorchSource, arguments_of, program_source
-from .pytorch_fp16 import device_number, with_autocast
 
 __all__ = ["TorchTensorrtModel", "TorchTensorrtRuntime"]
 
@@ -32,9 +32,9 @@ PRECISIONS: Final[Mapping[str, Literal["fp32", "fp16", "bf16"]]] = {
 Profile = tuple[str, Sequence[int], Sequence[int], Sequence[int]]
 
 
-class TorchTensorrtRuntime(FileRuntime):
-    """Compiles torch models by Torch-TensorRT and runs them. Its options are the keyword arguments of
-    `TorchTensorrtModel`."""
+class TorchTensorrtRuntime(TorchRuntime):
+    """Compiles torch.export programs and modules by Torch-TensorRT, which takes minutes, and runs them; a file that
+    `compile_engine` made is only loaded. Its options are the keyword arguments of `TorchTensorrtModel`."""
 
     label: ClassVar[str] = "torch_tensorrt"
 
@@ -47,19 +47,13 @@ class TorchTensorrtRuntime(FileRuntime):
         lacking += found or _unpaired()
         if lacking or not deep:
             return lacking
-        lacking = device_missing(str((options or {}).get("device", "cuda")))
-        return lacking or broken("torch_tensorrt", step, deep=True)
-
-    def open(self, path: Any) -> TorchTensorrtModel:
-        """Compiles a `torch.nn.Module` or a torch.export program (file or object), which takes minutes; a file that
-        `compile_engine` made is only loaded."""
-        return self._opened(path, self._build)
-
-    def _open_entry(self, entry: EngineCacheEntry) -> TorchTensorrtModel:
-        return self._opened(entry.path, entry.build_config)
+        device = str((options or {}).get("device", "cuda"))
+        if device.startswith("cpu"):
+            return [f"a CUDA device (device={device!r} was asked for, and TensorRT runs on no CPU)"]
+        return device_missing(device) or broken("torch_tensorrt", step, deep=True)
 
     def _opened(self, source: Any, config: BuildConfig | None) -> TorchTensorrtModel:
-        options = with_autocast(source, self._options, config, self.label)
+        options = self._with_autocast(source, config)
         if config is not None:
             if config.workspace_mb is not None:
                 options["workspace_mb"] = config.workspace_mb
@@ -91,9 +85,6 @@ class TorchTensorrtRuntime(FileRuntime):
             if found is not None:
                 versions[name] = found
         return versions
-
-    def _device(self) -> int:
-        return device_number(self._options)
 
 
 class TorchTensorrtModel(TorchModel):
@@ -338,12 +329,14 @@ def _other_library(wanted: Sequence[str]) -> list[str]:
     from .. import _core
 
     try:
-        here = str(_core.library_info()["version"])
+        here = str(_core.library_info()["tensorrt"])
     except (LibraryNotFoundError, UnsupportedVersionError, CudaError):
         return []
     for requirement in map(Requirement, wanted):
         about = requirement.name.lower().startswith("tensorrt")
-        if about and not requirement.specifier.contains(here, prereleases=True):
+        # The library says 10.3.0.26 where the package that holds it is 10.3.0.
+        same = (here, ".".join(here.split(".")[:3]))
+        if about and not any(requirement.specifier.contains(version, prereleases=True) for version in same):
             return [
                 f"a TensorRT of {requirement.specifier}, which torch_tensorrt is built for, as the only one of the "
                 f"process (jetrt uses {here}); set JETRT_TENSORRT_PATH to it"

@@ -9,7 +9,7 @@ On Jetson the kernel's files are read, which needs nothing; elsewhere NVML, thro
 source has a thread of its own, so that one that hangs takes neither the other nor a reader with it.
 """
 
-from .monitor import ThermalMonitor, monitor
+from .polling import ThermalMonitor, monitor
 from .reading import Reading
 
 __all__ = ["Reading", "ThermalMonitor", "monitor"]

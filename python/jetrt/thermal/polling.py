@@ -8,6 +8,7 @@ old, and says so once. After a fork the child's first reader starts threads of t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -153,7 +154,9 @@ class ThermalMonitor:
             note = f"nothing was published for {LIFETIME * self._interval_s:g} s"
         if self._log and notable and not self._warned:
             self._warned = True
-            _warn_unknown(self._device, (note,))
+            # On a thread of its own: what holds up the publishing thread may be the very handler that this goes to.
+            with contextlib.suppress(RuntimeError):  # at interpreter exit
+                threading.Thread(target=_warn_unknown, args=(self._device, (note,)), daemon=True).start()
         reading = Reading(measured_at=time.monotonic_ns())
         return Published(state_of(reading), reading, (note,))
 
@@ -249,7 +252,7 @@ class _Poller:
             except Exception:
                 # Nothing is published then, so that readers see it grow old.
                 if not failed and not self._stop.is_set():
-                    log.exception("thermal state cannot be published", extra={"event": "telemetry_failed"})
+                    _say(logging.ERROR, "thermal state cannot be published", event="telemetry_failed", exc_info=True)
                 failed = True
 
     def _publish(self) -> None:
@@ -330,24 +333,20 @@ class _Transitions:
             "reasons": list(reading.reasons),
             "measured_at": reading.measured_at,
         }
-        log.log(
-            level,
-            "%s; gpu_temp=%s; clock=%s; reasons=%s",
-            text,
-            degrees,
-            clock,
-            reasons,
-            extra={"event": event, "fields": fields, "always": always},
-        )
+        text = f"{text}; gpu_temp={degrees}; clock={clock}; reasons={reasons}"
+        _say(level, text, event=event, fields=fields, always=always)
 
 
 def _warn_unknown(device: int, notes: Sequence[str]) -> None:
-    log.warning(
-        "telemetry unavailable; whether GPU %s is throttled is unknown and taken as no: %s",
-        device,
-        "; ".join(notes),
-        extra={"event": "telemetry_unavailable", "fields": {"device": device, "reasons": list(notes)}, "always": True},
-    )
+    text = f"telemetry unavailable; whether GPU {device} is throttled is unknown and taken as no: {'; '.join(notes)}"
+    fields = {"device": device, "reasons": list(notes)}
+    _say(logging.WARNING, text, event="telemetry_unavailable", fields=fields, always=True)
+
+
+def _say(level: int, text: str, *, exc_info: bool = False, **extra: Any) -> None:
+    # A handler of the program's that raises must end neither a thread here nor a reader's call.
+    with contextlib.suppress(Exception):
+        log.log(level, "%s", text, extra=extra, exc_info=exc_info)
 
 
 # ------------------------------------------------------------------------------------------- one for the process
