@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -33,6 +34,12 @@ class Net(torch.nn.Module):
 class Nan(Net):
     def forward(self, x):
         return self.linear(x) * float("nan")
+
+class Fixed(Net):
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__()
+        self.eval()
 
 ready = Net()
 seen = []
@@ -112,6 +119,26 @@ def test_a_module_without_inputs_says_what_to_give(code: str) -> None:
         "BenchOptionError: net: a torch module does not say what its inputs are. Its forward takes x. Give "
         "--shape x=1x3x224x224 for each, or an example_inputs beside it."
     )
+
+
+def test_inputs_of_a_file_go_before_those_of_the_module(code: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.ones((3, 8), np.float32))
+    np.savez(tmp_path / "other.npz", image=np.ones((5, 8), np.float32))
+    np.savez(tmp_path / "y.npz", y=subject_of(code)(torch.ones(1, 8))["y"].detach().numpy())
+    options = {"runtimes": ["pytorch_fp16"], "autocast_dtype": "float32"}
+    (row,) = rows(f"{code}:Fixed", inputs=tmp_path / "x.npz", **options)
+    assert (row.status, row.batch) == ("ok", 3)
+    # A file without its inputs leaves it those that it brought, not random ones.
+    (row,) = rows(f"{code}:Fixed", inputs=tmp_path / "other.npz", reference=tmp_path / "y.npz", **options)
+    assert (row.status, row.batch) == ("ok", 1)
+    assert row.accuracy is not None
+    assert row.accuracy["max_abs"] == 0
+
+
+def subject_of(code: str) -> Any:
+    from jetrt.bench.subjects import subject
+
+    return subject(f"{code}:Fixed").target
 
 
 def test_torchscript_and_torch_export(code: str, tmp_path: Path) -> None:

@@ -341,6 +341,33 @@ def test_a_gpu_that_is_not_the_current_one(tmp_path: Any) -> None:
     assert fakes.run_python(OTHER_GPU, str(plan), env={"FAKE_CUDA_DEVICES": 2}).stdout == "[]\n"
 
 
+WITHOUT_CONTEXT = """
+import sys, threading, numpy as np, fakes, jetrt, rig
+A = np.ones((8, 64), "f4")
+fakes.FakeCuda().call("cuInit", 0)
+def current():
+    return rig.made("cuCtxGetCurrent")
+def work(device):
+    found = [current()]
+    engine = jetrt.Engine(sys.argv[1], device=device, graphs="off")
+    found.append(current())
+    np.testing.assert_allclose(engine(A)["y"], fakes.mlp_reference(A), rtol=1e-5)
+    engine.close()
+    print(device, [c != 0 for c in [*found, current()]])
+for device in (1, 0):
+    thread = threading.Thread(target=work, args=(device,))
+    thread.start()
+    thread.join()
+"""
+
+
+def test_a_thread_without_a_context_gets_that_of_the_first_gpu_alone(tmp_path: Any) -> None:
+    """What torch calls the current device is the GPU of the thread's context; without one, it is the first."""
+    plan = fakes.write_plan(tmp_path / "a.plan")
+    found = fakes.run_python(WITHOUT_CONTEXT, str(plan), env={"FAKE_CUDA_DEVICES": 2}).stdout
+    assert found == "1 [False, False, False]\n0 [False, True, True]\n"
+
+
 def test_results_are_read_by_any_thread(streams: list[int], load: Any) -> None:
     """One without a CUDA context of its own, too."""
     engine, x = load("mlp"), rig.Array(A)

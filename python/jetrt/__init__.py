@@ -41,7 +41,9 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
+    from .bench import bench
     from .builder import build
+    from .fit import load_engines
     from .graph import LoopGraph, graph
     from .runtime import (
         BuildConfig,
@@ -50,8 +52,10 @@ if TYPE_CHECKING:
         InferenceRuntime,
         ThermalState,
         available_runtimes,
+        from_config,
         get_runtime,
         load,
+        shared_runtime,
     )
     from .torch_memory import configure_torch_memory
 
@@ -69,17 +73,21 @@ __all__ = [
     "ThermalState",
     "__version__",
     "available_runtimes",
+    "bench",
     "build",
     "build_info",
     "configure_torch_memory",
     "errors",
+    "from_config",
     "get_runtime",
     "graph",
     "library_info",
     "load",
+    "load_engines",
     "pinned_empty",
     "read_plan",
     "record_stream",
+    "shared_runtime",
 ]
 
 _BUILD = build_info()
@@ -88,10 +96,12 @@ __version__: str = _BUILD["version"]
 
 # Names that are imported when they are asked for, and the module that has them.
 _LAZY = {
+    "bench": "bench",
     "build": "builder",
     "LoopGraph": "graph",
     "graph": "graph",
     "configure_torch_memory": "torch_memory",
+    "load_engines": "fit",
     **dict.fromkeys(
         (
             "BuildConfig",
@@ -100,8 +110,10 @@ _LAZY = {
             "InferenceRuntime",
             "ThermalState",
             "available_runtimes",
+            "from_config",
             "get_runtime",
             "load",
+            "shared_runtime",
         ),
         "runtime",
     ),

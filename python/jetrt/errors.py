@@ -260,3 +260,5 @@ class RuntimeNotAvailableError(JetrtError):
     missing: list[str] | None = None
     #: Names of the runtimes that can be had here.
     available: list[str] | None = None
+    #: Who wanted it.
+    consumers: list[str] | None = None

@@ -123,16 +123,19 @@ impl Device {
 
     #[cold]
     fn enter_from(&self, d: &Driver, current: CUcontext) -> Result<Entered> {
-        if current.is_null() {
-            // A thread without a context gets the primary one, as the CUDA runtime would give it.
+        if current.is_null() && self.ordinal == 0 {
+            // A thread without a context gets the first device's, as the CUDA runtime would give it. (Another device's would make
+            // that the current one of torch, too.)
             // SAFETY: the context is retained for ever.
             unsafe { cuda!(d, cuCtxSetCurrent(self.context)) }?;
             return Ok(Entered { pop: false });
         }
         let mut of = 0;
-        // SAFETY: there is a current context, and the pointer is live.
-        unsafe { cuda!(d, cuCtxGetDevice(&mut of)) }?;
-        if !is_primary(d, current, of)? {
+        if !current.is_null() {
+            // SAFETY: there is a current context, and the pointer is live.
+            unsafe { cuda!(d, cuCtxGetDevice(&mut of)) }?;
+        }
+        if !current.is_null() && !is_primary(d, current, of)? {
             return Err(Error::new(
                 Kind::Device,
                 format!(

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
 
 from ..builder.arrays import Array, load_npz
 from ..builder.cases import points
@@ -18,7 +15,7 @@ from ..builder.profiles import InputRange, NetworkInput, Profile
 from ..report import dims
 from .options import BenchOptionError, BenchOptions
 
-__all__ = ["BatchError", "batch_of", "described", "size_of", "sized", "values"]
+__all__ = ["BatchError", "batch_of", "size_of", "sized", "values"]
 
 Shape = tuple[int, ...]
 
@@ -153,11 +150,3 @@ def _given(infos: Sequence[NetworkInput], options: BenchOptions, sole: bool) -> 
             allowed=allowed,
         )
     return found
-
-
-def described(example: Mapping[str, Any]) -> list[NetworkInput]:
-    """Arrays as descriptions of inputs."""
-    return [
-        NetworkInput(name, np.asarray(array).dtype.name, tuple(np.asarray(array).shape))
-        for name, array in example.items()
-    ]

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ..builder.arrays import Array, dtype_name, to_bfloat16
+from ..builder.arrays import Array, dtype_name, load_npz, to_bfloat16
 from ..builder.profiles import NetworkInput
 from ..runtime import get_runtime
-from .inputs import described, size_of, values
+from .inputs import size_of, values
 from .options import AUTOCAST, RUNTIMES, BenchOptionError, BenchOptions
 from .session import Session, SkippedError
 from .subjects import Subject
@@ -158,8 +158,9 @@ def module_inputs(subject: Subject, batch: int | None, options: BenchOptions, so
                 f"--shape {taken}: {subject.name} brings its own inputs (example_inputs). Leave --shape out.",
                 option="--shape",
             )
-        # What a file has goes before what the module brought.
-        return {**found, **{n: a for n, a in values_of(options, described(found), sole).items() if options.inputs}}
+        # What a file has goes before what the module brought; it may be meant for other subjects alone.
+        given = load_npz(options.inputs, "--inputs") if options.inputs is not None else {}
+        return {name: given.get(name, array) for name, array in found.items()}
     names = parameters(subject.target)
     infos = [
         NetworkInput(name, dtype or "float32", ((batch or shape[0]), *shape[1:]) if shape else ())

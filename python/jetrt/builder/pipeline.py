@@ -28,6 +28,7 @@ from ..provenance import (
     key_of,
     temporary_for,
 )
+from ..report import size
 from . import calibrating, levels, parity
 from .arrays import Array, load_npz
 from .audit import Audit, audit, check
@@ -430,7 +431,7 @@ class _Build:
                 phases=answer.phases,
                 level=answer.result["level"],
                 peak_host_bytes=answer.memory["peak_host_bytes"],
-                findings=tuple(self.findings),
+                findings=(*self.findings, *_memory(found)),
             ),
             levels=None if table is None else table.to_mapping(),
             audit=None if audited is None else audited.to_mapping(),
@@ -482,6 +483,14 @@ def fp32_reference(
         Reference("tensorrt fp32", outputs, versions, seconds, {"tf32": "off"})
         for outputs in outputs_of(found, len(cases))
     ]
+
+
+def _memory(found: Answer | None) -> tuple[dict[str, Any], ...]:
+    """Scratch memory of one context as the tried plan has it; `jetrt plan` adds it up (`jetrt.fit`)."""
+    if found is None:
+        return ()
+    count = int(found.result["context_bytes"])
+    return ({"kind": "memory", "context_bytes": count, "text": f"a context takes {size(count)} of device memory"},)
 
 
 def _own_types(model: OnnxFile) -> dict[str, str]:
