@@ -129,7 +129,7 @@ def _split(words: list[str] | None) -> list[str] | None:
 
 def run_bench(arguments: argparse.Namespace) -> None:
     """Measure models on several runtimes and in several precisions."""
-    from .. import bench as package
+    from ..bench import bench
     from ..bench.options import BenchOptionError
 
     build = dict(arguments.build)
@@ -137,7 +137,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None:
             build[name] = getattr(arguments, name)
     try:
-        report = package.bench(
+        report = bench(
             arguments.subjects,
             out=arguments.out,
             picture=not arguments.no_picture,
