@@ -13,15 +13,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import os
 import statistics
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import HERE, Floor, clocks, machine, markdown, print_targets, target, write
+from common import Floor, clocks, compile_floor, machine, markdown, print_targets, target, write
 
 import jetrt
 import jetrt.bench
@@ -32,23 +29,10 @@ LONG_MS = 1.0  # calls from here on are held to the limit
 
 
 def compile_latency() -> ctypes.CDLL:
-    library = Path(tempfile.mkdtemp(prefix="jetrt-floor-")) / "libfloor.so"
-    source = str(HERE / "floor_latency.c")
-    compiler = os.environ.get("CC", "cc")
-    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", str(library), source, "-ldl"], check=True)
-    floor = ctypes.CDLL(str(library))
-    floor.floor_open.restype = ctypes.c_void_p
-    floor.floor_open.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
-    floor.floor_error.restype = ctypes.c_char_p
-    floor.floor_error.argtypes = [ctypes.c_void_p]
-    shape = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_int64)]
-    floor.floor_shape.argtypes = shape
-    floor.floor_prepare.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
-    numbers = ctypes.POINTER(ctypes.c_uint64)
-    floats = ctypes.POINTER(ctypes.c_double)
-    floor.floor_latency.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, numbers, numbers, floats]
-    floor.floor_close.argtypes = [ctypes.c_void_p]
-    return floor
+    library = compile_floor("floor_latency.c")
+    numbers, floats = ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_double)
+    library.floor_latency.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, numbers, numbers, floats]
+    return library
 
 
 @contextlib.contextmanager

@@ -50,22 +50,11 @@ def mapped(name: str) -> list[str]:
     return sorted(p for p in paths if Path(p).name.startswith(name))
 
 
-def compile_floor() -> ctypes.CDLL:
-    folder = tempfile.mkdtemp(prefix="jetrt-floor-")
-    library = Path(folder) / "libfloor.so"
-    subprocess.run(
-        [
-            os.environ.get("CC", "cc"),
-            "-O2",
-            "-shared",
-            "-fPIC",
-            "-o",
-            str(library),
-            str(HERE / "floor.c"),
-            "-ldl",
-        ],
-        check=True,
-    )
+def compile_floor(source: str = "floor.c") -> ctypes.CDLL:
+    """`source` is floor.c, or a file that includes it."""
+    library = Path(tempfile.mkdtemp(prefix="jetrt-floor-")) / "libfloor.so"
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", str(library), str(HERE / source), "-ldl"], check=True)
     floor = ctypes.CDLL(str(library))
     floor.floor_open.restype = ctypes.c_void_p
     floor.floor_open.argtypes = [ctypes.c_char_p, ctypes.c_char_p]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import math
 import re
 import shlex
+import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -19,13 +22,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jetrt.bench.files import csv_text
+from jetrt.bench.markdown import markdown
 from jetrt.bench.options import RUNTIMES, BenchOptions
 from jetrt.bench.results import COLUMNS, BenchReport, Row, Status, total
-from jetrt.bench.telemetry import HostMemory, Reading
+from jetrt.bench.telemetry import HostMemory, Reading, Telemetry
 from jetrt.bench.timing import (
     MIN_WARMUP_SECONDS,
     STABLE,
     WINDOW,
+    Call,
     Plan,
     Sample,
     Summary,
@@ -35,7 +40,7 @@ from jetrt.bench.timing import (
     warm_up,
 )
 from jetrt.bench.trtexec import commands
-from jetrt.bench.verdict import LIMITS, judge
+from jetrt.bench.verdict import LIMITS, Cause, judge
 from jetrt.commands.bench import add_bench
 
 TIMES = st.lists(st.floats(1e-6, 1e6, allow_nan=False), min_size=1, max_size=300)
@@ -147,6 +152,17 @@ def test_idle_time_is_not_busy_time() -> None:
     assert found.busy_seconds < 0.04  # four pauses of 20 ms are out of it
 
 
+def test_samples_of_several_threads_are_in_the_order_of_the_calls() -> None:
+    """A drift over time is seen, and two threads of different speed are none."""
+
+    def call_of(place: int) -> Call:
+        numbers = itertools.count()
+        return lambda: Sample(float(10 * next(numbers) + place))
+
+    found = measure([call_of(0), call_of(1)], Plan(calls=3, seconds=0))
+    assert [sample.end_to_end for sample in found.samples] == [0, 1, 10, 11, 20, 21]
+
+
 def test_threads_call_at_once_and_each_its_own() -> None:
     meeting = threading.Barrier(3, timeout=10)
     names = set()
@@ -191,6 +207,9 @@ def test_ctrl_c_ends_it_and_keeps_the_samples() -> None:
 # Verdicts -------------------------------------------------------------------------------------------------------------
 
 WARM = Warmed(20, 1.0, True)
+COOL = Reading(throttle_active=False, power_throttle_active=False)
+HOT = Reading(throttle_active=True, power_throttle_active=False)
+CAPPED = Reading(throttle_active=False, power_throttle_active=True, reasons=("sw_power_cap",))
 
 
 @pytest.mark.parametrize(
@@ -204,43 +223,64 @@ WARM = Warmed(20, 1.0, True)
     ],
 )
 def test_the_verdict_follows_the_rules(times: list[float], verdict: str, reason: str) -> None:
-    found, reasons = judge(times, WARM, None, None)
-    assert found == verdict
+    found, reasons, throttled_by = judge(times, WARM, None, None)
+    assert (found, throttled_by) == (verdict, [])
     assert "; ".join(reasons).startswith(reason)
 
 
 def test_an_unstable_warm_up_counts() -> None:
-    assert judge([1.0] * 100, Warmed(3, 1.0, False, "too few"), None, None) == ("unstable", ["warm-up: too few"])
+    assert judge([1.0] * 100, Warmed(3, 1.0, False, "too few"), None, None) == ("unstable", ["warm-up: too few"], [])
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "verdict", "reason"),
+    ("before", "after", "causes", "reason"),
     [
-        (Reading(), Reading(), "stable", ""),
-        (Reading(throttled=False), Reading(throttled=False), "stable", ""),
+        (Reading(), Reading(), [], ""),
+        (Reading(throttle_active=False), Reading(power_throttle_active=False), [], ""),
+        (COOL, CAPPED, ["power"], "power throttling after the row: sw_power_cap"),
+        (CAPPED, CAPPED, ["power"], "power throttling before and after the row: sw_power_cap"),
+        (HOT, COOL, ["thermal"], "thermal throttling before the row: the sensors gave no reason"),
         (
-            Reading(),
-            Reading(throttled=True, reasons=("SW power cap",)),
-            "throttled",
-            "throttling after the row: SW power",
+            HOT,
+            CAPPED,
+            ["thermal", "power"],
+            "thermal throttling before the row: the sensors gave no reason; power throttling after the row: sw_power",
         ),
-        (Reading(throttled=True), Reading(), "throttled", "throttling before the row: the sensors gave no reason"),
-        (Reading(gpu_clock_mhz=1980), Reading(gpu_clock_mhz=1200), "throttled", "the GPU clock fell from 1980 to 1200"),
-        (Reading(gpu_clock_mhz=345), Reading(gpu_clock_mhz=1980), "stable", ""),  # it woke up
-        (Reading(gpu_clock_mhz=1980), Reading(), "stable", ""),
+        (Reading(gpu_clock_mhz=1980), Reading(gpu_clock_mhz=1200), ["clock"], "the GPU clock fell from 1980 to 1200"),
+        (
+            Reading(gpu_clock_mhz=1980),
+            replace(CAPPED, gpu_clock_mhz=1200),
+            ["power", "clock"],
+            "power throttling after the row: sw_power_cap; the GPU clock fell",
+        ),
+        (Reading(gpu_clock_mhz=345), Reading(gpu_clock_mhz=1980), [], ""),  # it woke up
+        (Reading(gpu_clock_mhz=1980), Reading(), [], ""),
     ],
 )
 def test_throttling_goes_before_everything_and_what_is_unknown_counts_neither_way(
-    before: Reading, after: Reading, verdict: str, reason: str
+    before: Reading, after: Reading, causes: list[str], reason: str
 ) -> None:
-    found, reasons = judge([1.0] * 100, WARM, before, after)
-    assert found == verdict
+    found, reasons, throttled_by = judge([1.0] * 100, WARM, before, after)
+    assert (found, throttled_by) == ("throttled" if causes else "stable", causes)
     assert "; ".join(reasons).startswith(reason)
+    unstable = judge([1.0 + n / 1000 for n in range(100)], WARM, before, after)
+    assert (unstable.verdict, unstable.throttled_by) == ("throttled" if causes else "unstable", causes)
+
+
+def test_a_throttled_row_says_by_what() -> None:
+    """The word of the CSV stays one of three; people and programs are told the cause beside it."""
+    row = Row("m", "plan", "fp16", "tensorrt", 1, 1, status="ok", after=CAPPED)
+    row.verdict, row.verdict_reasons, row.throttled_by = judge([1.0] * 100, WARM, COOL, CAPPED)
+    assert (row.cells()["verdict"], row.cells()["throttled_by"]) == ("throttled", "power")
+    assert row.to_mapping()["throttled_by"] == ["power"]
+    for text in (report([row]).table(), markdown(report([row]))):
+        assert "throttled (power)" in text
+        assert "throttled: power throttling after the row: sw_power_cap" in text
 
 
 @given(st.lists(st.floats(0, 1e9), max_size=200), st.booleans())
 def test_a_verdict_is_one_of_four_and_has_reasons_unless_stable(times: list[float], stable: bool) -> None:
-    found, reasons = judge(times, Warmed(1, 1.0, stable, "x"), None, None)
+    found, reasons, _ = judge(times, Warmed(1, 1.0, stable, "x"), None, None)
     assert found in ("stable", "unstable", "")
     assert bool(reasons) == (found != "stable")
     assert (found == "") == (len(times) < LIMITS["calls"])
@@ -264,25 +304,32 @@ def test_negative_clocks_and_other_garbage_are_blank() -> None:
     assert cells["cpu_temp_c"] == "41.50"
 
 
+def test_sensors_were_silent_when_no_reading_told_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monitor = SimpleNamespace(snapshot=lambda: given.pop(0))
+    monkeypatch.setitem(sys.modules, "jetrt.thermal", SimpleNamespace(monitor=lambda _: monitor))
+    empty, full = snapshot(), snapshot(gpu_temp_c=50.0)
+    empty.power_mode = "MAXN"  # which no sensor tells
+    for readings, silent in (([], None), ([empty, empty], True), ([full, empty], False), ([empty, full], False)):
+        given[:] = readings
+        found = Telemetry()
+        for _ in readings:
+            found.read()
+        assert found.silent is silent
+
+
 @given(st.one_of(st.none(), st.floats(), st.integers(), st.text(), st.booleans()))
 def test_whatever_a_sensor_says_is_plausible_or_blank(value: Any) -> None:
     found = Reading.of(snapshot(gpu_clock_mhz=value))
     assert found.gpu_clock_mhz is None or 1 <= found.gpu_clock_mhz <= 10_000
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ((None, None), None),
-        ((False, None), False),
-        ((None, True), True),
-        ((True, False), True),
-        ((False, False), False),
-    ],
-)
-def test_unknown_throttling_is_unknown(flags: tuple[Any, Any], expected: Any) -> None:
-    found = Reading.of(SimpleNamespace(throttle_active=flags[0], power_throttle_active=flags[1], reasons=()))
-    assert found.throttled is expected
+@pytest.mark.parametrize("heat", [None, False, True])
+@pytest.mark.parametrize("power", [None, False, True])
+def test_unknown_throttling_is_unknown(heat: bool | None, power: bool | None) -> None:
+    found = Reading.of(SimpleNamespace(throttle_active=heat, power_throttle_active=power, reasons=()))
+    assert (found.throttle_active, found.power_throttle_active) == (heat, power)
+    assert Reading.of(SimpleNamespace()) == Reading()
 
 
 def test_the_peak_of_host_memory_is_that_of_the_row() -> None:
@@ -325,6 +372,11 @@ def test_a_pipeline_has_a_total_for_each_runtime_and_for_the_fastest_of_each() -
     assert found[0].fps == 200
     assert found[2].notes == ["a: fp16 tensorrt batch 1", "b: fp16 onnx_cpu batch 1"]
     assert found[0].cells()["p99_ms"] == ""  # percentiles do not add up
+
+
+def test_the_fastest_of_each_says_which_of_them_is_wrong() -> None:
+    (*_, fastest) = total([row("a", 2), row("b", 1, accuracy={"state": "failed"}), row("b", 3, "onnx_cpu")])
+    assert fastest.notes == ["a: fp16 tensorrt batch 1", "b: fp16 tensorrt batch 1, whose accuracy failed"]
 
 
 def test_a_total_with_a_component_missing_has_no_time() -> None:
@@ -391,7 +443,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_page_has_the_thresholds_and_defaults() -> None:
-    throttled, unstable = re.findall(r"\n\| (?:throttled|unstable) \| (.*?) \|", PAGE)
+    *_, throttled, unstable = re.findall(r"\n\| (?:throttled \(\w+\)|unstable) \| (.*?) \|", PAGE)
+    assert re.findall(r"\n\| throttled \((\w+)\)", PAGE) == list(get_args(Cause))
     assert re.findall(r"\d+\.\d+", throttled) == [str(LIMITS["clock"])]
     assert re.findall(r"\d+\.\d+", unstable) == [str(LIMITS[name]) for name in ("spread", "tail", "drift")]
     assert f"fewer than {LIMITS['calls']} calls" in PAGE

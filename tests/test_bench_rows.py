@@ -11,24 +11,34 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import rig
 
 import fakes
 import jetrt
 from jetrt.bench import telemetry
-from jetrt.bench.options import RUNTIMES, BenchOptionError, shape_of
+from jetrt.bench.options import RUNTIMES, shape_of
 from jetrt.bench.results import BenchReport
 from jetrt.bench.subjects import subject
 from jetrt.cli import main
+from jetrt.errors import BenchOptionError, OutOfMemoryError
 
 SCHEMA = json.loads((Path(jetrt.__file__).parent / "schemas" / "bench.schema.json").read_text())
 QUICK = ["--iterations", "30", "--duration", "0", "--warmup-limit", "0.3", "--progress", "none"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_wrong_on_the_device() -> Iterator[None]:
+    """No stream is used that was destroyed already, say."""
+    rig.cuda().reset()
+    yield
+    assert rig.mistakes() == []
 
 
 @pytest.fixture
@@ -216,6 +226,30 @@ def test_results_that_hold_nan_are_marked(folder: Path) -> None:
     assert row["end_to_end"]["calls"] == 30
 
 
+def test_without_batch_it_is_that_of_the_shape_or_the_inputs(folder: Path) -> None:
+    np.savez("x.npz", x=np.ones((5, 64), np.float32))
+    words = ["m.onnx", "d.engine", "--runtime", "onnx_cpu", "tensorrt", "--precision", "fp32", "--no-total"]
+    for more, size in (
+        (["--shape", "x=8x64"], 8),
+        (["--inputs", "x.npz"], 5),
+        (["--shape", "x=8x64", "--batch", "2"], 2),
+    ):
+        rows = bench(*words, *more)["rows"]
+        assert [(row["status"], row["batch"], row["frames"]) for row in rows] == [("ok", size, size)] * 3
+
+
+def test_without_batch_each_input_has_the_first_dimension_that_was_given(folder: Path) -> None:
+    from jetrt.bench.inputs import batch_of, sized
+    from jetrt.bench.options import BenchOptions
+    from jetrt.builder.profiles import NetworkInput
+
+    infos = [NetworkInput("image", "float32", (-1, 3)), NetworkInput("boxes", "float32", (-1, 4))]
+    shapes = {"image": ((2, 3), None), "boxes": ((7, 4), None)}
+    alone, swept = BenchOptions(shapes=shapes), BenchOptions(shapes=shapes, batches=(5,))
+    assert sized(infos, batch_of(infos, None, alone), alone) == {"image": (2, 3), "boxes": (7, 4)}
+    assert sized(infos, batch_of(infos, 5, swept), swept) == {"image": (5, 3), "boxes": (5, 4)}
+
+
 def test_a_static_batch_is_what_it_is(folder: Path) -> None:
     profile = [([4, 8], [4, 8], [4, 8])]
     fakes.write_plan(folder / "s.engine", fakes.copy_of("float32", [4, 8], profile))
@@ -316,6 +350,11 @@ def clip(frames):
     lengths.append(len(frames))
     return frames.mean()
 
+class Fixed:
+    example_inputs = {"x": np.ones((1, 4))}
+    def __call__(self, x):
+        return x
+
 later = iter(range(10**6))
 def picky(x):
     if next(later) == 0:
@@ -353,7 +392,7 @@ def test_a_failing_warm_up_alone_is_not_fatal(code: Path) -> None:
     (row,) = bench("c.py:picky", "--shape", "x=4x4")["rows"]
     assert row["status"] == "ok"
     assert row["notes"] == ["the first call failed: RuntimeError: not ready"]
-    assert row["verdict"] == "unstable"
+    assert row["warmup"]["calls"] >= 10  # the others are warmed up before they are measured
 
 
 def test_a_callable_whose_results_hold_nan(code: Path) -> None:
@@ -378,6 +417,142 @@ def test_a_callable_of_a_whole_clip_counts_frames(code: Path) -> None:
     assert set(lengths[1:]) == {8}
     assert row["frames"] == 8
     assert row["fps"] == pytest.approx(8e3 / row["end_to_end"]["mean"], rel=0.5)
+
+
+def test_a_batch_that_the_inputs_of_a_callable_do_not_have_is_no_row(code: Path) -> None:
+    """Otherwise its frames per second would be those of frames that nobody gave it."""
+    np.savez("x.npz", x=np.ones((2, 4)))
+    for words in (["c.py:Fixed"], ["c.py:plain", "--inputs", "x.npz"]):
+        (row,) = bench(*words, "--batch", "8")["rows"]
+        assert row["status"] == "skipped"
+        assert re.match(r"--batch 8: no input of \w+ has that first dimension \(x \[[12], 4\]\)\. ", row["reason"])
+    (row,) = bench("c.py:plain", "--inputs", "x.npz", "--batch", "2")["rows"]
+    assert (row["status"], row["frames"]) == ("ok", 2)
+    (row,) = bench("c.py:clip", "--clip", "frames", "--shape", "frames=8x4x4x3", "--batch", "2")["rows"]
+    assert (row["status"], row["reason"]) == (
+        "skipped",
+        "--batch 2: with --clip a call takes one clip, or one frame of it",
+    )
+
+
+def test_several_threads_do_not_mix_up_the_state_of_a_runner(code: Path) -> None:
+    words = [
+        "--clip",
+        "frame",
+        "--per-frame",
+        "--shape",
+        "frame=8x4x4x3",
+        "--arg",
+        "imgsz=4",
+        "--concurrency",
+        "1",
+        "2",
+    ]
+    one, two = bench("c.py:Runner", *words)["rows"]
+    assert (one["status"], two["status"]) == ("ok", "skipped")
+    assert two["reason"] == "--per-frame calls a runner that may have state, which several threads would mix up"
+
+
+def test_what_a_callable_left_running_on_the_gpu_is_waited_for(code: Path) -> None:
+    """By whatever library: here no torch is involved."""
+    cuda = fakes.FakeCuda()
+    before = cuda.count("cuCtxSynchronize")
+    (row,) = bench("c.py:plain", "--shape", "x=4x4")["rows"]
+    assert cuda.count("cuCtxSynchronize") - before >= row["end_to_end"]["calls"]
+
+
+def test_the_reference_is_not_in_the_memory_of_a_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jetrt.bench.accuracy import References
+
+    size = 256 << 20
+    computed = References.of
+
+    def large(self: References, inputs: Any) -> Any:
+        np.ones(size, np.uint8)
+        return computed(self, inputs)
+
+    monkeypatch.setattr(References, "of", large)
+    (row,) = bench("m.onnx", "--runtime", "onnx_cpu")["rows"]
+    if row["memory"]["host_added"] is None:
+        pytest.skip("the kernel does not let the peak be set back")
+    assert row["memory"]["host_added"] < size
+
+
+def test_an_engine_that_gets_no_memory_for_its_inputs_leaves_none_behind(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jetrt.bench import engine_session
+
+    (row,) = bench("d.engine")["rows"]
+    assert row["status"] == "ok"
+    cuda = fakes.FakeCuda()
+    before = cuda.all_live()
+
+    def no_memory(*_: Any) -> Any:
+        raise OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(engine_session._cuda.DeviceArray, "upload", no_memory)
+    (row,) = bench("d.engine")["rows"]
+    assert (row["status"], row["reason"]) == ("failed", "OutOfMemoryError: no memory")
+    after = cuda.all_live()
+    for kind in ("device", "stream", "event", "graph_exec"):
+        assert after[kind] == before[kind], kind
+
+
+def test_trtexec_is_given_the_values_of_a_shape_tensor(folder: Path) -> None:
+    fakes.write_plan(folder / "s.engine", "shape_input")
+    np.savez("s.npz", x=np.ones(4, np.float32), size=np.array([2, 3], np.int64))
+    (row,) = bench("s.engine", "--inputs", "s.npz")["rows"]
+    assert row["status"] == "ok"
+    assert "--shapes=x:4,size:2x3 " in row["trtexec"]["10.x"]
+
+
+def test_the_reason_of_a_graph_that_failed_is_told() -> None:
+    from jetrt.bench.engine_session import EngineSession
+    from jetrt.bench.options import BenchOptions
+
+    session = EngineSession()
+    session._options = BenchOptions()
+    failures = {"x [1, 64]": "the engine waits for the host", "x [2, 64]": "the engine waits for the host"}
+    stats = {"replays": 0, "eager": 7, "graph_failures": failures, "strided_copies": 0, "casts": 0}
+    session._engine = SimpleNamespace(stats=stats)
+    session.finish()
+    assert session.graph == "eager"
+    assert session.notes == ["7 of 7 calls ran without a CUDA graph: the engine waits for the host"]
+
+
+def test_onnx_trt_ep_is_no_row_of_the_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jetrt.bench import run
+
+    monkeypatch.setattr(run, "_available", lambda *_, **__: None)
+    (row,) = bench("m.onnx", "--runtime", "onnx_trt_ep", "--precision", "fp32", "--device", "cpu")["rows"]
+    assert (row["status"], row["reason"]) == ("skipped", "onnx_trt_ep runs on GPUs, and --device is cpu")
+
+
+def test_a_picture_of_an_earlier_bench_does_not_stay_beside_other_figures(folder: Path) -> None:
+    Path("results").mkdir()
+    stale, other = Path("results/latency_comparative_64.png"), Path("results/mine.png")
+    for path in (stale, other):
+        path.write_bytes(b"old")
+    words = ["m.onnx", "--runtime", "onnx_cpu", "--out", "results", "--no-picture", *QUICK]
+    assert main(["bench", *words]) == 0
+    assert Path("results/latency_comparative_64.csv").is_file()
+    assert (stale.exists(), other.exists()) == (False, True)
+
+
+def test_ctrl_c_while_outputs_are_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jetrt.bench.accuracy import References
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(References, "of", interrupted)
+    (row,) = bench("m.onnx", "--runtime", "onnx_cpu", code=130)["rows"]
+    assert row["end_to_end"]["calls"] == 30
+    assert (row["status"], row["reason"]) == (
+        "interrupted",
+        "Ctrl-C came after its calls, while its outputs were compared",
+    )
 
 
 def test_a_clip_that_is_not_there(code: Path) -> None:
@@ -467,26 +642,26 @@ def jetrt_function() -> Callable[..., BenchReport]:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["m.onnx", "--runtime", "cpu"], f"jetrt: --runtime is 'cpu'; allowed: {', '.join(RUNTIMES)}. Nothing else"),
-        (["m.onnx", "--precision", "fp3"], "jetrt: --precision is 'fp3'; allowed: fp32, fp16, bf16, int8, fp8, mixed."),
-        (["no.onnx"], "jetrt: no.onnx: there is no such file."),
-        (["nothing"], "jetrt: 'nothing' is no subject; allowed: model.onnx, model.engine, "),
-        (["no.py:f"], "jetrt: no.py: there is no such file."),
-        (["no_such_module:f"], "jetrt: there is no module 'no_such_module' on sys.path"),
-        (["json:no_such"], "jetrt: json:no_such: json has no 'no_such'; what can be called in it: "),
-        (["json:__version__"], "jetrt: json:__version__ is a str, which cannot be called; allowed: a torch.nn.Module"),
-        (["m.onnx", "--inputs", "no.npz"], "jetrt: --inputs no.npz: there is no such file."),
-        (["m.onnx", "--reference", "no.npz"], "jetrt: --reference no.npz: there is no such file."),
-        (["m.onnx", "--per-frame"], "jetrt: --per-frame needs --clip NAME"),
-        (["m.onnx", "--build", "no_such=1"], "jetrt: build is 'no_such'; allowed: the options of jetrt.build except"),
-        (["m.onnx", "m.onnx"], "jetrt: two subjects of one kind are called 'm': give them names"),
-        (["m.onnx", "--shape", "x=0x64"], "jetrt: --shape x is '0x64'; allowed: sizes from 1"),
+        (["m.onnx", "--runtime", "cpu"], f"--runtime is 'cpu'; allowed: {', '.join(RUNTIMES)}. Nothing else"),
+        (["m.onnx", "--precision", "fp3"], "--precision is 'fp3'; allowed: fp32, fp16, bf16, int8, fp8, mixed."),
+        (["no.onnx"], "no.onnx: there is no such file."),
+        (["nothing"], "'nothing' is no subject; allowed: model.onnx, model.engine, "),
+        (["no.py:f"], "no.py: there is no such file."),
+        (["no_such_module:f"], "there is no module 'no_such_module' on sys.path"),
+        (["json:no_such"], "json:no_such: json has no 'no_such'; what can be called in it: "),
+        (["json:__version__"], "json:__version__ is a str, which cannot be called; allowed: a torch.nn.Module"),
+        (["m.onnx", "--inputs", "no.npz"], "--inputs no.npz: there is no such file."),
+        (["m.onnx", "--reference", "no.npz"], "--reference no.npz: there is no such file."),
+        (["m.onnx", "--per-frame"], "--per-frame needs --clip NAME"),
+        (["m.onnx", "--build", "no_such=1"], "build is 'no_such'; allowed: the options of jetrt.build except"),
+        (["m.onnx", "m.onnx"], "two subjects of one kind are called 'm': give them names"),
+        (["m.onnx", "--shape", "x=0x64"], "--shape x is '0x64'; allowed: sizes from 1"),
     ],
 )
 def test_a_senseless_command_line(
     folder: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    assert refused(capsys, *words).startswith(message)
+    assert refused(capsys, *words).startswith(f"jetrt: BenchOptionError: {message}")
 
 
 @pytest.mark.parametrize("words", [["--batch", "0"], ["--idle-ms", "-1"], ["--duration", "nan"], ["--shape", "x"]])
@@ -521,7 +696,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_first_run(
     (folder / "file").write_text("")
     (folder / "c.py").write_text("def f():\n    open('ran', 'w').close()\n")
     assert main(["bench", "c.py:f", "--out", place]) == 2
-    assert capsys.readouterr().err.startswith(f"jetrt: --out {place}: nothing can be written there (")
+    assert capsys.readouterr().err.startswith(f"jetrt: BenchOptionError: --out {place}: nothing can be written there (")
     assert not (folder / "ran").exists()
 
 

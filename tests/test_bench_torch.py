@@ -50,6 +50,13 @@ def double(x):
 
 def example_inputs(batch):
     return {"x": torch.ones(batch, 8)}
+
+class Noisy(Fixed):
+    def example_inputs(self, batch):
+        return {"x": torch.randn(batch, 8)}
+
+class One(Fixed):
+    example_inputs = {"x": torch.ones(1, 8)}
 """
 
 
@@ -139,6 +146,34 @@ def subject_of(code: str) -> Any:
     from jetrt.bench.subjects import subject
 
     return subject(f"{code}:Fixed").target
+
+
+def test_the_reference_computes_on_the_inputs_of_the_row(code: str) -> None:
+    options = {"runtimes": ["pytorch_fp16"], "autocast_dtype": "float32"}
+    (row,) = rows(f"{code}:Noisy", **options)  # whose example_inputs are others each time
+    assert row.accuracy is not None
+    assert (row.accuracy["state"], row.accuracy["max_abs"]) == ("passed", 0)
+
+    # The first dimension of one input is no batch of the other.
+    class Two(torch.nn.Module):
+        def forward(self, x: Any, table: Any) -> Any:
+            return x.sum() + table.sum()
+
+    (row,) = rows(Two().eval(), shapes={"x": ((2, 8), None), "table": ((5, 8), None)}, **options)
+    assert row.accuracy is not None
+    assert (row.accuracy["state"], row.accuracy["max_abs"]) == ("passed", 0)
+
+
+def test_a_batch_that_the_inputs_of_a_module_do_not_have_is_no_row(code: str) -> None:
+    one, four = rows(f"{code}:One", runtimes=["pytorch_fp16"], autocast_dtype="float32", batches=[1, 4])
+    assert (one.status, one.batch) == ("ok", 1)
+    assert (four.status, four.batch) == ("skipped", 4)
+    assert four.reason.startswith("--batch 4: no input of One has that first dimension (x [1, 8]).")
+
+
+def test_a_callable_of_torch_has_a_row_for_each_precision(code: str) -> None:
+    found = rows(f"{code}:double", precisions=["fp32", "bf16", "int8"])
+    assert [(row.precision, row.status) for row in found] == [("fp32", "ok"), ("bf16", "ok")]
 
 
 def test_torchscript_and_torch_export(code: str, tmp_path: Path) -> None:

@@ -452,7 +452,7 @@ def test_replay_refuses_other_tensors(streams: list[int], load: Any) -> None:
         captured(rig.Array(A[:4]), out, streams[0])
     with pytest.raises(errors.ShapeError, match=r"input 'y': found \[8, 10\]; allowed: \[4, 10\]"):
         captured(x, rig.Array(shape=(4, 10)), streams[0])
-    with pytest.raises(errors.InputNameError, match="2 inputs and 1 outputs"):
+    with pytest.raises(errors.InputNameError, match="found 2 inputs; allowed: 1 inputs"):
         captured.capture.replay([x, x], [out], streams[0])
     captured(x, out, streams[0])
     is_result_of(rig.fetch(out, streams[0]), A)

@@ -14,6 +14,7 @@ import fakes
 import jetrt
 from jetrt.cli import main
 from jetrt.report import io_table, latency_table, table
+from jetrt.runtime import RUNTIMES
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 B = np.full((2, 3), 10, dtype=np.float32)
@@ -127,6 +128,21 @@ def test_errors_are_one_line(files, capsys, arguments, code, message):
     assert main(arguments) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(message, line), line
+
+
+def test_a_flag_that_says_nothing(files, capsys, monkeypatch):
+    monkeypatch.setenv("BUILD_ONNX_CPU_RUNTIME", "maybe")
+    assert main([*RUN, *INPUTS]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("jetrt: RuntimeConfigError: environment: BUILD_ONNX_CPU_RUNTIME: found 'maybe'; allowed: ON")
+
+
+def test_run_names_every_runtime(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    assert f"--runtime NAME {', '.join(RUNTIMES)} (what a plan gets: tensorrt)" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 @pytest.mark.parametrize(

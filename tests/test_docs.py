@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import importlib
+import inspect
 import json
 import re
 import shlex
@@ -24,8 +26,12 @@ from jetrt.builder.preprocessing import Preprocessing
 from jetrt.builder.process import _environment
 from jetrt.builder.targets import targets
 from jetrt.builder.thresholds import Thresholds
+from jetrt.commands.bench import add_bench
 from jetrt.commands.build import add_build
+from jetrt.commands.doctor import add_doctor
+from jetrt.commands.env import add_env
 from jetrt.commands.inspect import add_inspect
+from jetrt.commands.plan import add_plan
 from jetrt.commands.run import add_run
 from jetrt.commands.stamp import add_stamp
 from jetrt.commands.verify import add_verify
@@ -35,10 +41,24 @@ from jetrt.provenance import Machine, Manifest
 ROOT = Path(__file__).parent.parent
 PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "docs/building.md", "docs/groot.md", "docs/traps.md", "tests/onnx_backend/README.md")
+    for name in (
+        "README.md",
+        *(f"docs/{name}.md" for name in ("building", "groot", "runtimes", "tools", "traps")),
+        *("benches/README.md", "tests/onnx_backend/README.md"),
+    )
 }
 BUILDING = PAGES["docs/building.md"]
-COMMANDS = {"build": add_build, "inspect": add_inspect, "run": add_run, "stamp": add_stamp, "verify": add_verify}
+COMMANDS = {
+    "bench": add_bench,
+    "build": add_build,
+    "doctor": add_doctor,
+    "env": add_env,
+    "inspect": add_inspect,
+    "plan": add_plan,
+    "run": add_run,
+    "stamp": add_stamp,
+    "verify": add_verify,
+}
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
@@ -57,7 +77,7 @@ def block(mark: str) -> str:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"(?ms)^```.*?^```$", "", PAGES[page])):
         file, _, anchor = target.partition("#")
         path = (ROOT / page).parent / file if file else ROOT / page
         assert path.exists(), target
@@ -74,15 +94,18 @@ def test_files_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_are_understood(page: str) -> None:
-    for line in re.findall(r"^\$ jetrt (.*)$", PAGES[page], re.M):
-        command, *words = shlex.split(line)
+    shell = "".join(re.findall(r"(?ms)^```sh$(.*?)^```$", PAGES[page]))
+    for line in re.findall(r"^\$ jetrt (.*)$", PAGES[page], re.M) + re.findall(r"^jetrt ([a-z].*)$", shell, re.M):
+        command, *words = shlex.split(line, comments=True)
         arguments = parser_of(command).parse_args(words)
         if command == "build":
             (target,) = targets(arguments)  # refuses contradictions
             assert target.onnx is not None
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/building.md", "docs/traps.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{name}.md" for name in ("building", "runtimes", "tools", "traps"))]
+)
 def test_options_exist(page: str) -> None:
     known = {flag for command in COMMANDS for action in parser_of(command)._actions for flag in action.option_strings}
     others = {"--version", "--system-site-packages", "--python", "--user", "--no-deps", "--rm", "--runtime"}
@@ -90,6 +113,32 @@ def test_options_exist(page: str) -> None:
     others |= {"--inference-mode", "--trt-engine-path", "--denoising-steps", "--optimize"}  # GR00T's, and its runner's
     prose = re.sub(r"```sh\n.*?```", "", PAGES[page], flags=re.S)
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose)) <= known | others
+
+
+def found_at(path: str) -> Any:
+    """What `jetrt.thermal.monitor` is."""
+    found: Any = jetrt
+    for depth, part in enumerate(path.split(".")[1:], 2):
+        if not hasattr(found, part):
+            importlib.import_module(".".join(path.split(".")[:depth]))
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/runtimes.md", "docs/tools.md"])
+def test_python_names_what_exists(page: str) -> None:
+    blocks = re.findall(r"(?ms)^```python$(.*?)^```$", PAGES[page])
+    assert blocks
+    for node in [node for block in blocks for node in ast.walk(ast.parse(block))]:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jetrt"):
+            for alias in node.names:
+                assert hasattr(importlib.import_module(node.module or ""), alias.name), alias.name
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("jetrt."):
+            found_at(ast.unparse(node))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("jetrt."):
+            known = inspect.signature(found_at(ast.unparse(node.func))).parameters
+            given = {keyword.arg for keyword in node.keywords if keyword.arg}
+            assert given <= set(known) or any(p.kind is p.VAR_KEYWORD for p in known.values()), ast.unparse(node)
 
 
 def test_the_example_in_python() -> None:

@@ -39,7 +39,9 @@ BASES = {
     "OutOfMemoryError": (MemoryError,),
     "CudaError": (RuntimeError,),
     "TelemetryUnavailableError": (errors.JetrtError,),
+    "RuntimeConfigError": (errors.JetrtError, ValueError),
     "RuntimeNotAvailableError": (errors.JetrtError,),
+    "BenchOptionError": (errors.JetrtError, ValueError),
 }
 
 # What each class adds; the Rust side gives these by name, so a rename here is a break there.
@@ -64,7 +66,9 @@ FIELDS = {
     "OutOfMemoryError": ["requested", "free", "total"],
     "CudaError": ["call", "code", "name"],
     "TelemetryUnavailableError": ["source", "reason"],
-    "RuntimeNotAvailableError": ["runtime", "missing", "available"],
+    "RuntimeConfigError": ["key", "found", "allowed"],
+    "RuntimeNotAvailableError": ["runtime", "missing", "available", "consumers"],
+    "BenchOptionError": ["option", "found", "allowed"],
 }
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import machines
@@ -119,6 +121,12 @@ def test_the_budget_of_a_machine() -> None:
         "torch, 60% of the GPU's memory (16.00 GiB)",
         -int(0.6 * 16 * GIB),
     )
+    # What torch took is not free any more, and is not taken off twice.
+    assert fit.machine_budget(orin, reserve=0, torch_fraction=0.5, torch_has=2 * GIB).terms[-1] == (
+        "torch, 50% of the GPU's memory (16.00 GiB) less 2.00 GiB that it has",
+        -6 * GIB,
+    )
+    assert fit.machine_budget(orin, reserve=0, torch_fraction=0.5, torch_has=9 * GIB).bytes == 12 * GIB
     card = GpuMemory(20 * GIB, 24 * GIB, unified=False)
     assert fit.machine_budget(card).terms == (("free on the GPU", 20 * GIB),)
     for fraction in (0, 1.5, -1, True):
@@ -255,6 +263,27 @@ def test_refused_before_a_byte_is_read(sized: Any, monkeypatch: pytest.MonkeyPat
     with pytest.raises(errors.OutOfMemoryError, match=r"memory_budget is 8\.0 MiB - 4\.0 MiB torch, 50% of the budget"):
         fit.load_engines(paths, "8M", torch_fraction=0.5)
     assert opened == []
+
+
+def test_what_torch_holds_in_this_process_counts_once(sized: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = sized("a.engine", 1)
+    asked: list[dict[str, Any]] = []
+    allowance = fit.allowance
+
+    def spy(*arguments: Any, **keywords: Any) -> tuple[int, str]:
+        asked.append(keywords)
+        return allowance(*arguments, **keywords)
+
+    monkeypatch.setattr(fit, "allowance", spy)
+    for cuda, held in (
+        (SimpleNamespace(is_initialized=lambda: True, memory_reserved=lambda device: (device + 1) << 20), MIB),
+        (SimpleNamespace(is_initialized=lambda: False), 0),
+    ):
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+        with monkeypatch.context() as patch:
+            patch.setattr(fit._core, "Engine", lambda *_, **__: SimpleNamespace(close=lambda: None))
+            fit.load_engines(path, torch_fraction=0.5)
+        assert asked.pop() == {"torch_fraction": 0.5, "torch_has": held}
 
 
 def test_what_was_recorded_counts(sized: Any) -> None:

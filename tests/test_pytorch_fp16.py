@@ -13,6 +13,7 @@ import pytest
 
 import jetrt
 from jetrt import errors
+from jetrt.cli import main
 from jetrt.runtimes.pytorch_fp16 import TorchModel  # imports no torch
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -190,6 +191,26 @@ def test_out(head):
     ):
         with pytest.raises(error, match="^" + re.escape(message)):
             model(X, out=bad)
+
+
+@pytest.mark.parametrize("kind", ["script", "program"])
+def test_jetrt_run(kind, head, request, tmp_path, monkeypatch, capsys):
+    """Outputs are written although nothing says their names before the first call."""
+    model = str(request.getfixturevalue(kind))
+    monkeypatch.setattr("jetrt.commands.run.load", lambda path, runtime: on_cpu(path, autocast_dtype="float32"))
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", X.numpy())
+    words = ["run", model, "--runtime", "pytorch_fp16"]
+    assert main([*words, "--input", "x=x.npy", "--output-dir", "out", "--output", "total=t.npy"]) == 0
+    np.testing.assert_allclose(np.load("out/y.npy"), expected(head)["y"].numpy(), rtol=1e-6)
+    np.testing.assert_allclose(np.load("t.npy"), expected(head)["total"].numpy(), rtol=1e-6)
+    capsys.readouterr()
+    assert main([*words, "--input", "x=x.npy", "--output", "z=z.npy"]) == 2
+    assert capsys.readouterr().err == "jetrt: --output z=z.npy: the outputs are y, total\n"
+    assert main([*words, "--random-inputs", "1", "--shape", "x=2x4"]) == (2 if kind == "script" else 0)
+    if kind == "script":
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"jetrt: {model} does not say what its inputs are: give each of them with --input NAME=FILE.npy"
 
 
 def test_what_is_known_before_the_first_call(head, program, script):

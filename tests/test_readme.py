@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import inspect
 import re
 import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
+import fakes
 import jetrt
 from jetrt.cli import main
 
@@ -84,14 +87,24 @@ def test_options_in_the_tables_exist():
     assert named <= options
 
 
-def test_command_lines(folder, capsys):
-    shell = "".join(re.findall(r"```sh\n(.*?)```", README, re.S))
-    lines = re.findall(r"^(jetrt .*)$", shell, re.M)
-    assert len(lines) == 3
-    for line in lines:
-        arguments = shlex.split(line)[1:]
-        if "model.engine" not in arguments:
-            assert main(arguments) == 0
+COMMANDS = re.findall(r"^jetrt (.*)$", "".join(re.findall(r"```sh\n(.*?)```", README, re.S)), re.M)
+
+
+def test_commands_are_shown():
+    assert [line.split()[0] for line in COMMANDS] == ["run", "run", "--version", "bench", "env", "doctor", "plan"]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_lines(folder, capfd, line):
+    """On the stand-ins for CUDA and TensorRT."""
+    fakes.write_plan(folder / "model.engine", "mlp")
+    np.save(folder / "x.npy", np.ones((8, 64), np.float32))
+    arguments = shlex.split(line)
+    if arguments[0] == "bench":
+        arguments += ["--iterations", "30", "--duration", "0", "--warmup-limit", "0.3", "--no-picture"]
+    code = main(arguments)
+    assert code in ((0, 1) if arguments[0] == "doctor" else (0,))  # this machine may have its faults
+    assert capfd.readouterr().out
 
 
 def test_make_targets_exist():
@@ -111,6 +124,11 @@ def test_every_dependency_has_its_reason():
     reasons = README[README.index("## Built on") :]
     manifest = (ROOT / "Cargo.toml").read_text(encoding="utf-8")
     (section,) = re.findall(r"(?ms)^\[dependencies\]\n(.*?)^\[", manifest)
-    crates = set(re.findall(r"(?m)^(\w+) =", section))
-    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (.*?) \|", reasons))))
-    assert crates == named - {"maturin"}
+    crates = set(re.findall(r"(?m)^([\w-]+) =", section))
+    rows = "".join(re.findall(r"(?m)^\| (.*?) \|", reasons))
+    assert crates == set(re.findall(r"`([\w-]+)`", rows)) - {"maturin"}
+    named = set(re.findall(r"[\w-]+", " ".join(re.findall(r"(?m)^\| (.*?) \(Python\) \|", reasons)).replace("_", "-")))
+    for line in importlib.metadata.requires("jetrt") or []:
+        package = re.match(r"[\w-]+", line)[0].replace("_", "-")
+        # What tests, the demo and development need is no part of the library.
+        assert package in {*named, "jetrt"} or re.search(r"extra == .(test|dev|demo)\b", line), package

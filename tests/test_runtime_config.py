@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jetrt
+from jetrt.errors import RuntimeConfigError
 from jetrt.runtime import RUNTIMES
-from jetrt.runtimes.config import OPTIONS, RuntimeConfigError, build_flag, flag_is_on, read_config
+from jetrt.runtimes.config import OPTIONS, build_flag, flag_is_on, read_config
 
 TOML = """
 [other]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,7 +156,9 @@ def test_it_was_closed():
 def outcomes(pytester: pytest.Pytester, **environ: Any) -> Any:
     pytester.makepyfile(TESTS)
     fakes.write_plan(pytester.path / "mlp.engine", "mlp")
-    command = [sys.executable, "-m", "pytest", "-p", "jetrt.pytest_plugin", "--strict-markers", "-rs", "-W", "error"]
+    installed = any(point.value == "jetrt.pytest_plugin" for point in entry_points(group="pytest11"))
+    plugin = [] if installed else ["-p", "jetrt.pytest_plugin"]
+    command = [sys.executable, "-m", "pytest", *plugin, "--strict-markers", "-rs", "-W", "error"]
     for name, value in environ.items():
         pytester._monkeypatch.setenv(name, value)
     return pytester.run(*command)

@@ -899,8 +899,20 @@ def test_records_can_be_pickled_and_copied(board, started):
 # ---------------------------------------------------------------------------------------------------- lives and ends
 
 
+_others: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def threads_of_others():
+    """The monitor that a process shares may have been started by any test before."""
+    _others.clear()
+    _others.update(named_threads())
+    yield
+    _others.clear()
+
+
 def named_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name.startswith("jetrt-")]
+    return [t for t in threading.enumerate() if t.name.startswith("jetrt-") and t not in _others]
 
 
 def test_closing(sources, hanging, started):
@@ -1126,7 +1138,7 @@ def test_values_and_events_of_the_page_exist():
     section = PAGE.split("## Temperature, clocks and throttling\n")[1].split("\n## ")[0]
     named = {name for row in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
     assert named == {field.name for field in dataclasses.fields(Reading)} - {"source", "unreadable", "measured_at"}
-    sources = "".join(path.read_text() for path in Path(polling.__file__).parent.glob("*.py"))
+    sources = "".join(path.read_text(encoding="utf-8") for path in Path(polling.__file__).parent.glob("*.py"))
     for name in ("thermal_throttle_", "power_throttle_", "telemetry_unavailable", "telemetry_available"):
         assert f'"{name}' in sources
         assert name in PAGE

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from . import _core
 from .commands import UsageError
-from .errors import BuildCrashError, BuildOptionError, JetrtError
+from .errors import BenchOptionError, BuildCrashError, BuildOptionError, JetrtError, RuntimeConfigError
 
 _COMMANDS = {
     "run": "run a model on .npy files",
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("a COMMAND is needed; `jetrt run --help` describes the first one")
     try:
         code = arguments.function(arguments)
-    except (UsageError, BuildOptionError) as error:
+    except (UsageError, BuildOptionError, BenchOptionError, RuntimeConfigError) as error:
         return _fail(parser.prog, error, 2)
     except BuildCrashError as error:
         return _fail(parser.prog, error, 130 if error.how == "interrupted" else 1)

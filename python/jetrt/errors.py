@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    "BenchOptionError",
     "BuildCrashError",
     "BuildOptionError",
     "CalibrationCacheError",
@@ -36,6 +37,7 @@ __all__ = [
     "ParityError",
     "PlanError",
     "PrecisionError",
+    "RuntimeConfigError",
     "RuntimeNotAvailableError",
     "ShapeError",
     "TelemetryUnavailableError",
@@ -252,6 +254,15 @@ class TelemetryUnavailableError(JetrtError):
     reason: str | None = None
 
 
+class RuntimeConfigError(JetrtError, ValueError):
+    """A configuration of runtimes has an unknown key or a wrong value."""
+
+    #: Where: "robot.toml: [runtime].precison".
+    key: str | None = None
+    found: Any = None
+    allowed: Any = None
+
+
 class RuntimeNotAvailableError(JetrtError):
     """The runtime that was asked for by name cannot be had; nothing else was tried in its place."""
 
@@ -262,3 +273,11 @@ class RuntimeNotAvailableError(JetrtError):
     available: list[str] | None = None
     #: Who wanted it.
     consumers: list[str] | None = None
+
+
+class BenchOptionError(JetrtError, ValueError):
+    """What was asked of `jetrt.bench` makes no sense; nothing was measured."""
+
+    option: str | None = None
+    found: Any = None
+    allowed: Any = None

@@ -20,6 +20,7 @@ import errno
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -291,18 +292,21 @@ def _call(driver: Any, name: str, *arguments: Any) -> None:
         )
 
 
-def machine_budget(memory: GpuMemory, *, reserve: int | None = None, torch_fraction: float | None = None) -> Budget:
+def machine_budget(
+    memory: GpuMemory, *, reserve: int | None = None, torch_fraction: float | None = None, torch_has: int = 0
+) -> Budget:
     """What engines may take of this memory.
 
     reserve: bytes that stay free for the system; None: on unified memory a twentieth of it, at least 512 MiB, else
-        none. torch_fraction: the share of all memory that torch may take (`set_per_process_memory_fraction`)."""
+        none. torch_fraction: the share of all memory that torch may take (`set_per_process_memory_fraction`).
+    torch_has: bytes that it took already, which are not free any more."""
     if reserve is None:
         reserve = max(memory.total // 20, 512 * MIB) if memory.unified else 0
     what = "available to programs (MemAvailable)" if memory.unified else "free on the GPU"
     terms = [(what, memory.free)]
     if reserve:
         terms.append(("reserve for the system", -reserve))
-    return Budget((*terms, *_torch_share(torch_fraction, memory.total, "the GPU's memory")))
+    return Budget((*terms, *_torch_share(torch_fraction, memory.total, "the GPU's memory", torch_has)))
 
 
 def stated_budget(count: int, *, reserve: int | None = None, torch_fraction: float | None = None) -> Budget:
@@ -313,12 +317,13 @@ def stated_budget(count: int, *, reserve: int | None = None, torch_fraction: flo
     return Budget((*terms, *_torch_share(torch_fraction, count, "the budget")))
 
 
-def _torch_share(fraction: float | None, total: int, of: str) -> list[tuple[str, int]]:
+def _torch_share(fraction: float | None, total: int, of: str, has: int = 0) -> list[tuple[str, int]]:
     if fraction is None:
         return []
     if isinstance(fraction, bool) or not 0 < fraction <= 1:
         raise ValueError(f"torch_fraction: found {fraction!r}; allowed: a number above 0 and up to 1")
-    return [(f"torch, {fraction:.0%} of {of} ({size(total)})", -int(fraction * total))]
+    less = f" less {size(has)} that it has" if has else ""
+    return [(f"torch, {fraction:.0%} of {of} ({size(total)}){less}", -max(int(fraction * total) - has, 0))]
 
 
 # ---------------------------------------------------------------------------------------------------------- the check
@@ -461,7 +466,7 @@ def load_engines(
     engines: dict[str, _core.Engine] = {}
     with _reader(device) as read:
         start = read()
-        allowed, limit = allowance(start, stated, torch_fraction=torch_fraction)
+        allowed, limit = allowance(start, stated, torch_fraction=torch_fraction, torch_has=_torch_has(device))
         refuse(order, 0, allowed, limit)
         fit = check(order, Budget((("", allowed),)))
         if fit.verdict == "may not fit":
@@ -477,11 +482,19 @@ def load_engines(
     return engines
 
 
-def allowance(memory: GpuMemory, stated: int | None, *, torch_fraction: float | None = None) -> tuple[int, str]:
+def _torch_has(device: int) -> int:
+    """Bytes that torch's allocator holds of this GPU, in this process."""
+    torch = sys.modules.get("torch")
+    return int(torch.cuda.memory_reserved(device)) if torch is not None and torch.cuda.is_initialized() else 0
+
+
+def allowance(
+    memory: GpuMemory, stated: int | None, *, torch_fraction: float | None = None, torch_has: int = 0
+) -> tuple[int, str]:
     """Bytes that engines may take of this memory, and the words for it. A stated budget needs no reserve, and is never
     more than what is there."""
     if stated is None:
-        budget = machine_budget(memory, torch_fraction=torch_fraction)
+        budget = machine_budget(memory, torch_fraction=torch_fraction, torch_has=torch_has)
         words = f"{size(memory.free)} are free"
         if len(budget.terms) > 1:
             words += "".join(f" - {size(-count)} {what}" for what, count in budget.terms[1:])

@@ -221,7 +221,7 @@ impl<F: Files> Look<'_, F> {
 
     fn cooling(&mut self) {
         let mut active = Vec::new();
-        let mut readable = false;
+        let (mut readable, mut mute) = (false, false);
         for folder in self.names(ZONES, "cooling_device") {
             let Ok(name) = self.files.read(&format!("{ZONES}/{folder}/type")) else {
                 continue;
@@ -229,16 +229,16 @@ impl<F: Files> Look<'_, F> {
             if !slows_down(&name.to_lowercase()) {
                 continue;
             }
-            if let Some(state) = self.number(&format!("{ZONES}/{folder}/cur_state"), &name, 0..=100_000) {
-                readable = true;
-                if state > 0 {
-                    active.push(name);
-                }
+            match self.number(&format!("{ZONES}/{folder}/cur_state"), &name, 0..=100_000) {
+                Some(0) => readable = true,
+                Some(_) => active.push(name),
+                None => mute = true,
             }
         }
         active.sort();
         active.dedup();
-        if !active.is_empty() || (readable && self.out.integrated_gpu) {
+        // One that does not answer may be the one that is at work.
+        if !active.is_empty() || (readable && !mute && self.out.integrated_gpu) {
             self.out.throttle_active = Some(!active.is_empty());
             self.out.source.insert("throttle_active", "cooling devices".into());
         }

@@ -42,8 +42,9 @@ def bench(
     its `report` is the `BenchReport` so far.
     """
     from ..builder.progress import reporter
+    from ..errors import BenchOptionError
     from .files import Files
-    from .options import BenchOptionError, BenchOptions
+    from .options import BenchOptions
     from .results import Row
     from .run import run
     from .subjects import Subject, named, subject

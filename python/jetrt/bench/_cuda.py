@@ -63,6 +63,14 @@ class Device:
         """Makes the context current in this thread."""
         _call("cuCtxSetCurrent", self._context)
 
+    def wait(self) -> None:
+        """Waits for all that was enqueued on it, whatever library did, and leaves the current context as it is."""
+        _call("cuCtxPushCurrent_v2", self._context)
+        try:
+            _call("cuCtxSynchronize")
+        finally:
+            _call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_uint64()))
+
     def memory(self) -> tuple[int, int]:
         """Bytes that are free and bytes in all, every process counted."""
         self.enter()

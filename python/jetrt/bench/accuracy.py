@@ -58,7 +58,7 @@ class References:
 
         try:
             session = TorchSession.open(
-                self._subject, "pytorch_fp16", "fp32", _batch(inputs), self._options, sole=False
+                self._subject, "pytorch_fp16", "fp32", None, self._options, sole=False, inputs=inputs
             )
         except Exception as error:  # the user's code may raise anything
             raise ReferenceUnavailable(f"the module in fp32: {type(error).__name__}: {error}") from error
@@ -68,10 +68,6 @@ class References:
             raise ReferenceUnavailable(f"the module in fp32: {type(error).__name__}: {error}") from error
         finally:
             session.close()
-
-
-def _batch(inputs: Mapping[str, Array]) -> int | None:
-    return next((len(array) for array in inputs.values() if array.ndim), None)
 
 
 def judged(found: Mapping[str, Array], expected: Mapping[str, Array], what: str, precision: str) -> dict[str, Any]:

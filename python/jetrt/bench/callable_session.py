@@ -25,8 +25,10 @@ from typing import Any
 import numpy as np
 
 from ..builder.arrays import Array, load_npz
-from .inputs import size_of
-from .options import AUTOCAST, BenchOptionError, BenchOptions
+from ..errors import BenchOptionError, CudaError, LibraryNotFoundError
+from . import _cuda
+from .inputs import check_batch, size_of
+from .options import AUTOCAST, BenchOptions
 from .session import Session, SkippedError
 from .subjects import Subject
 from .timing import Call, Sample
@@ -36,20 +38,31 @@ __all__ = ["CallableSession", "accepted"]
 
 class CallableSession(Session):
     @classmethod
-    def open(cls, subject: Subject, precision: str, batch: int | None, options: BenchOptions) -> CallableSession:
+    def open(
+        cls, subject: Subject, precision: str, batch: int | None, threads: int, options: BenchOptions
+    ) -> CallableSession:
         session = cls()
         session._function, session._options = subject.target, options
         session.runs = subject.text
         dtype = next(name for name, short in AUTOCAST.items() if short == precision)
+        if options.device != "cpu":
+            with contextlib.suppress(LibraryNotFoundError, CudaError, AttributeError):
+                session._gpu = _cuda.device(int(options.device))
         session._autocast, autocasts = _autocast(dtype, options)
         session.precision = precision if autocasts else "own"
-        if not autocasts and options.precisions is not None and precision not in options.precisions[:1]:
+        first = next((p for p in options.precisions or () if p in AUTOCAST.values()), precision)
+        if not autocasts and precision != first:
             raise SkippedError("the callable decides about its own precision: no torch autocast applies to it")
+        if options.per_frame and threads > 1:
+            raise SkippedError("--per-frame calls a runner that may have state, which several threads would mix up")
         arguments = session._gather(subject, batch)
         session._keep(*accepted(subject.target, arguments))
         if options.clip is not None:
+            if batch not in (None, 1):
+                raise SkippedError(f"--batch {batch}: with --clip a call takes one clip, or one frame of it")
             session._open_clip(subject)
         else:
+            check_batch(subject, batch, {**arguments, **dict(enumerate(session._positional))}, options)
             session.batch = session.frames = batch or 1
         return session
 
@@ -57,10 +70,10 @@ class CallableSession(Session):
     _options: BenchOptions
     _autocast: Any
     _clip: Any = None
-    _step = 0
 
     def __init__(self) -> None:
         super().__init__()
+        self._gpu: _cuda.Device | None = None
         self._positional: tuple[Any, ...] = ()
         self._named: dict[str, Any] = {}
 
@@ -143,8 +156,12 @@ class CallableSession(Session):
         return self._clip[0] if self._options.per_frame else self._clip[:frames]
 
     def _wait(self) -> None:
+        """For what the callable left running on the GPU, by whatever library."""
+        if self._gpu is None:
+            return
+        self._gpu.wait()
         torch = sys.modules.get("torch")
-        if torch is not None and self._options.device != "cpu" and torch.cuda.is_available():
+        if torch is not None and torch.cuda.is_initialized() and torch.cuda.current_device() != self._gpu.index:
             torch.cuda.synchronize()
 
     def call(self) -> Call:

@@ -89,12 +89,17 @@ class EngineSession(Session):
             session.runs = str(plan)
             session._gpu = _cuda.device(device)
             infos = network_inputs(engine.inputs)
-            session.batch = session.frames = batch_of(infos, batch)
+            session.batch = session.frames = batch_of(infos, batch, options)
             usual = {name: info.profiles[0][1] for name, info in engine.inputs.items() if info.profiles}
             shapes = sized(infos, session.batch, options, usual, named=subject.name, sole=sole)
-            session.shapes = shapes
             session.size = size_of(shapes)
             session.inputs = session._values(infos, shapes, sole)
+            session.shapes = {  # as trtexec takes them: of a shape tensor its values
+                info.name: tuple(map(int, session.inputs[info.name].ravel()))
+                if info.shape_tensor
+                else shapes[info.name]
+                for info in infos
+            }
         except BaseException:
             engine.close()
             raise
@@ -132,7 +137,7 @@ class EngineSession(Session):
         path = subject.path
         assert path is not None
         infos = OnnxFile.open(path).network_inputs()
-        shapes = sized(infos, batch_of(infos, batch), self._options, named=subject.name, sole=sole)
+        shapes = sized(infos, batch_of(infos, batch, self._options), self._options, named=subject.name, sole=sole)
         dynamic = {info.name: shapes[info.name] for info in infos if -1 in info.shape}
         key = (path, precision, tuple(dynamic.items()))
         result = built.get(key)
@@ -203,15 +208,18 @@ class EngineSession(Session):
         replays, eager = stats["replays"], stats["eager"]
         self.graph = "graph" if replays > eager else "eager"
         if self._options.graphs == "auto" and replays <= eager:
-            why = "; ".join(map(str, stats["graph_failures"])) or "no CUDA graph was captured for these addresses"
+            why = (
+                "; ".join(dict.fromkeys(stats["graph_failures"].values()))
+                or "no CUDA graph was captured for these addresses"
+            )
             self.notes.append(f"{eager} of {eager + replays} calls ran without a CUDA graph: {why}")
         if stats["strided_copies"] or stats["casts"]:
             self.notes.append(f"{stats['strided_copies']} strided copies and {stats['casts']} casts were made")
 
     def close(self) -> None:
+        self._engine.close()  # first: it waits for the streams that it was called on
         for call in self._calls:
             call.close()
-        self._engine.close()
 
     _options: BenchOptions
     _gpu: _cuda.Device
@@ -269,19 +277,26 @@ class _EngineCall:
         self._copies: list[tuple[_cuda.DeviceArray, int]] = []
         self._kept: list[Array] = []
         self._given: dict[str, Any] = {}
-        for name, array in inputs.items():
-            if engine.inputs[name].location == "host" or not _cuda.shown(array.dtype):
-                self._given[name] = array  # read by the CPU; or of a type that goes through jetrt's own staging
-                continue
-            there = _cuda.on_device(array, gpu.index)
-            here = _pinned(array)
-            there.upload(here.ctypes.data, self._stream)
-            self._copies.append((there, here.ctypes.data))
-            self._kept.append(here)
-            self._given[name] = there
-        self._stream.wait()
         self._back: dict[str, tuple[int, Array]] = {}
         self._thread: int | None = None
+        try:
+            self._place(inputs)
+        except BaseException:  # no memory for all of them
+            self.close()
+            raise
+
+    def _place(self, inputs: Mapping[str, Array]) -> None:
+        for name, array in inputs.items():
+            if self._engine.inputs[name].location == "host" or not _cuda.shown(array.dtype):
+                self._given[name] = array  # read by the CPU; or of a type that goes through jetrt's own staging
+                continue
+            here = _pinned(array)
+            there = _cuda.on_device(array, self._gpu.index)
+            self._copies.append((there, here.ctypes.data))
+            self._kept.append(here)
+            there.upload(here.ctypes.data, self._stream)
+            self._given[name] = there
+        self._stream.wait()
 
     def __call__(self) -> Sample:
         if self._thread != threading.get_ident():

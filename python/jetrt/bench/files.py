@@ -15,9 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..errors import JetrtError
+from ..errors import BenchOptionError, JetrtError
 from .markdown import markdown
-from .options import BenchOptionError
 from .results import COLUMNS, BenchReport
 
 __all__ = ["Files"]
@@ -55,6 +54,8 @@ class Files:
         if self._stem and stem != self._stem:  # the second row told another size
             for suffix in (".csv", ".json", ".md"):
                 (self.folder / f"{self._stem}{suffix}").unlink(missing_ok=True)
+        if stem != self._stem:
+            (self.folder / f"{stem}.png").unlink(missing_ok=True)  # of an earlier bench; the new one comes last
         self._stem = stem
         report.files = {
             "csv": str(self.folder / f"{stem}.csv"),

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from ..builder.arrays import Array, load_npz
 from ..builder.cases import points
 from ..builder.profiles import InputRange, NetworkInput, Profile
+from ..errors import BenchOptionError
 from ..report import dims
-from .options import BenchOptionError, BenchOptions
+from .options import BenchOptions
 
-__all__ = ["BatchError", "batch_of", "size_of", "sized", "values"]
+if TYPE_CHECKING:
+    from .subjects import Subject
+
+__all__ = ["BatchError", "batch_of", "check_batch", "size_of", "sized", "values"]
 
 Shape = tuple[int, ...]
 
@@ -24,10 +29,12 @@ class BatchError(BenchOptionError):
     """The model does not take that batch; other batches may do."""
 
 
-def batch_of(infos: Sequence[NetworkInput], asked: int | None) -> int:
-    """The batch of a row. ``None`` asks for 1, or for what the model is fixed at. Raises `BatchError`."""
-    if any(info.shape[:1] == (-1,) for info in infos):
-        return asked or 1
+def batch_of(infos: Sequence[NetworkInput], asked: int | None, options: BenchOptions) -> int:
+    """The batch of a row. ``None`` asks for that of --shape or --inputs, else for 1, or for what the model is fixed at.
+    Raises `BatchError`."""
+    dynamic = [info.name for info in infos if info.shape[:1] == (-1,)]
+    if dynamic:
+        return asked or _given_batch(dynamic, options) or 1
     own = next((info.shape[0] for info in infos if info.shape), 1)
     if asked not in (None, own):
         fixed = ", ".join(f"{info.name} {dims(info.shape)}" for info in infos)
@@ -39,6 +46,30 @@ def batch_of(infos: Sequence[NetworkInput], asked: int | None) -> int:
             allowed=own,
         )
     return own
+
+
+def _given_batch(names: Sequence[str], options: BenchOptions) -> int | None:
+    shapes = [options.shapes[name][0] for name in names if name in options.shapes]
+    if options.inputs is not None:
+        arrays = load_npz(options.inputs, "--inputs")
+        shapes += [arrays[name].shape for name in names if name in arrays]
+    return next((shape[0] for shape in shapes if shape), None)
+
+
+def check_batch(subject: Subject, asked: int | None, inputs: Mapping[Any, Any], options: BenchOptions) -> None:
+    """Inputs that came with a module or callable, or from a file, must have the batch that was asked for. Raises
+    `BatchError`. A function that was told the batch is believed."""
+    if subject.takes_batch and options.inputs is None:
+        return
+    shapes = {key: tuple(value.shape) for key, value in inputs.items() if getattr(value, "shape", None)}
+    if asked is not None and all(shape[0] != asked for shape in shapes.values()):
+        found = ", ".join(f"{key} {dims(shape)}" for key, shape in shapes.items()) or "no array"
+        raise BatchError(
+            f"--batch {asked}: no input of {subject.name} has that first dimension ({found}). Make example_inputs a "
+            "function of the batch, give an --inputs file of that batch, or leave --batch out.",
+            option="--batch",
+            found=asked,
+        )
 
 
 def sized(
@@ -60,7 +91,8 @@ def sized(
         if given is not None:
             if len(given) != len(shape) or any(own not in (-1, size) for own, size in zip(shape, given, strict=True)):
                 raise _unfit(info, given)
-            shape = [batch if shape[0] < 0 else given[0], *given[1:]]
+            # --batch is for all of them; without it each has what was said of it.
+            shape = [batch if shape[0] < 0 and options.batches is not None else given[0], *given[1:]]
         else:
             if shape[:1] == [-1]:
                 shape[0] = batch

@@ -33,7 +33,7 @@ _SHOWN = {
 
 
 def markdown(report: BenchReport) -> str:
-    cells = [row.cells() for row in report.rows]
+    cells = [row.shown() for row in report.rows]
     used = {name: title for name, title in _SHOWN.items() if any(row[name] for row in cells)}
     lines = ["# Latency", ""]
     if report.interrupted:

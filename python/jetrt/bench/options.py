@@ -9,19 +9,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from ..errors import JetrtError
+from ..errors import BenchOptionError
 from ..runtime import Precision
 from .timing import Plan
 
-__all__ = ["AUTOCAST", "RUNTIMES", "BenchOptionError", "BenchOptions", "RuntimeRow", "shape_of"]
-
-
-class BenchOptionError(JetrtError, ValueError):
-    """What was asked of a bench makes no sense; nothing was measured."""
-
-    option: str | None = None
-    found: Any = None
-    allowed: Any = None
+__all__ = ["AUTOCAST", "RUNTIMES", "BenchOptions", "RuntimeRow", "shape_of"]
 
 
 @dataclass(frozen=True)

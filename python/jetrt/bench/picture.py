@@ -114,6 +114,6 @@ def _label(row: Row) -> str:
     median = row.end_to_end.median
     words = [f"{median:.3g} ms" if median < 100 else f"{median:,.0f} ms"]
     words += [f"{row.fps:,.1f} fps" if row.fps < 100 else f"{row.fps:,.0f} fps"] if row.fps else []
-    words += [row.verdict] if row.verdict in ("unstable", "throttled") else []
+    words += [row.verdict_text] if row.verdict in ("unstable", "throttled") else []
     words += [row.status] if row.status != "ok" else []
     return ", ".join(words)

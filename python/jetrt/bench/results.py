@@ -11,6 +11,7 @@ from ..report import table
 from .options import RUNTIMES
 from .telemetry import Reading
 from .timing import Summary
+from .verdict import LIMITS, Cause
 
 __all__ = ["COLUMNS", "SCHEMA", "BenchReport", "Row", "Status"]
 
@@ -49,6 +50,7 @@ class Row:
     warmup: dict[str, Any] | None = None
     verdict: str = ""
     verdict_reasons: list[str] = field(default_factory=list)
+    throttled_by: list[Cause] = field(default_factory=list)
     #: state ("passed", "failed", "not compared"), reason, reference, cosine, max_abs, max_rel, outputs.
     accuracy: dict[str, Any] | None = None
     #: Bytes: host_peak (of the process), host_added, device_used (all processes; sampled between calls).
@@ -72,6 +74,15 @@ class Row:
         words += [f"batch {self.batch}"] if self.batch is not None else []
         words += [f"{self.concurrency} threads"] if self.concurrency != 1 else []
         return " ".join(filter(None, words))
+
+    @property
+    def verdict_text(self) -> str:
+        """The verdict, "throttled (power)" with what did it."""
+        return f"{self.verdict} ({', '.join(self.throttled_by)})" if self.throttled_by else self.verdict
+
+    def shown(self) -> dict[str, str]:
+        """The cells for people."""
+        return {**self.cells(), "verdict": self.verdict_text}
 
     def to_mapping(self) -> dict[str, Any]:
         found = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -112,6 +123,7 @@ class Row:
             "compile_s": self.compile_seconds,
             "load_s": self.load_seconds,
             "verdict": self.verdict,
+            "throttled_by": " ".join(self.throttled_by),
             "accuracy": a.get("state"),
             "cosine": a.get("cosine"),
             "max_abs_error": a.get("max_abs"),
@@ -143,8 +155,6 @@ class BenchReport:
     files: dict[str, str] = field(default_factory=dict)
 
     def to_mapping(self) -> dict[str, Any]:
-        from .verdict import LIMITS
-
         return {
             "schema": SCHEMA,
             "started": self.started,
@@ -165,7 +175,7 @@ class BenchReport:
 
     def table(self) -> str:
         """For a terminal."""
-        lines = [[cells[name] for name in _SHOWN] for cells in (row.cells() for row in self.rows)]
+        lines = [[cells[name] for name in _SHOWN] for cells in (row.shown() for row in self.rows)]
         text = table([_SHOWN[name] for name in _SHOWN], lines)
         told: dict[str, list[str]] = {}  # rows with one reason are named together
         for row in self.rows:
@@ -222,7 +232,11 @@ def total(rows: Sequence[Row]) -> list[Row]:
         if missing:
             chosen.status, chosen.reason = "incomplete", f"no row of {', '.join(missing)} is ok"
             chosen.end_to_end, chosen.parts = None, {}
-        chosen.notes = [f"{row.model}: {row.precision} {row.runtime} batch {row.batch}" for row in best.values()]
+        chosen.notes = [
+            f"{row.model}: {row.precision} {row.runtime} batch {row.batch}"
+            + (", whose accuracy failed" if (row.accuracy or {}).get("state") == "failed" else "")
+            for row in best.values()
+        ]
         found.append(chosen)
     return found
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import importlib
 import itertools
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,7 +80,10 @@ def _precisions(subject: Subject, options: BenchOptions) -> Sequence[str]:
         if options.autocast_dtype is not None or options.precisions is None:
             return (AUTOCAST[options.autocast],)
         usable = tuple(p for p in options.precisions if p in AUTOCAST.values())
-        return (usable or options.precisions)[:1] if subject.kind == "callable" else options.precisions
+        if subject.kind == "torch":
+            return options.precisions
+        # Without torch there is no autocast, and one row of it is all.
+        return usable if usable and "torch" in sys.modules else (usable or options.precisions)[:1]
     return options.precisions or PRECISIONS
 
 
@@ -159,14 +164,16 @@ class _Bench:
         session: Session | None = None
         try:
             session = self._opened(subject, row)
-            self._measured(session, subject, row, gpu)
+            self._measured(session, subject, row, host, gpu)
         except (SkippedError, BatchError) as error:
             row.status, row.reason = "skipped", str(error)
         except RuntimeNotAvailableError as error:
             row.status, row.reason = "skipped", str(error)
         except KeyboardInterrupt:
             if row.status != "interrupted":
-                row.status, row.reason = "interrupted", "Ctrl-C came while it was prepared"
+                measured = row.end_to_end is not None
+                when = "after its calls, while its outputs were compared" if measured else "while it was prepared"
+                row.status, row.reason = "interrupted", f"Ctrl-C came {when}"
             raise
         except BuildCrashError as error:
             row.status, row.reason = "failed", f"{type(error).__name__}: {error}"
@@ -177,15 +184,10 @@ class _Bench:
             row.status, row.reason = "failed", _told(error)
         finally:
             if session is not None:
-                gpu.look()
+                if not row.memory:
+                    row.memory = _memory(host, gpu)
                 with contextlib.suppress(JetrtError):  # what broke the row breaks its end
                     session.close()
-                peak, before = host.peak(), host.before
-                row.memory = {
-                    "host_peak": peak,
-                    "host_added": None if peak is None or before is None else max(peak - before, 0),
-                    "device_used": gpu.used,
-                }
                 row.settings = settings()
 
     def _opened(self, subject: Subject, row: Row) -> Session:
@@ -207,13 +209,15 @@ class _Bench:
         if row.runtime == "python":
             from .callable_session import CallableSession
 
-            return CallableSession.open(subject, row.precision, batch, options)
+            return CallableSession.open(subject, row.precision, batch, row.concurrency, options)
         if subject.kind == "torch":
             _available(row.runtime, device="cpu" if options.device == "cpu" else f"cuda:{options.device}")
             from .torch_session import TorchSession
 
             return TorchSession.open(subject, row.runtime, row.precision, batch, options, sole=self.sole)
         _available(row.runtime)
+        if row.runtime == "onnx_trt_ep" and options.device == "cpu":
+            raise SkippedError("onnx_trt_ep runs on GPUs, and --device is cpu")
         if row.precision == "int8" and subject.path is not None and not OnnxFile.open(subject.path).quantization:
             raise SkippedError(
                 f"int8 on {row.runtime} needs a model with QuantizeLinear and DequantizeLinear nodes, and this one has "
@@ -221,7 +225,7 @@ class _Bench:
             )
         return HostSession.open(subject, row.runtime, row.precision, batch, options, sole=self.sole)
 
-    def _measured(self, session: Session, subject: Subject, row: Row, gpu: _GpuMemory) -> None:
+    def _measured(self, session: Session, subject: Subject, row: Row, host: HostMemory, gpu: _GpuMemory) -> None:
         options = self.options
         row.batch, row.frames, row.imgsz = session.batch, session.frames, session.size
         if options.imgsz is not None and not row.imgsz:
@@ -232,29 +236,27 @@ class _Bench:
         row.audit = dict(session.audit) if session.audit is not None else None
         gpu.look()
         self.reporter.title(f"{self.title}: warming up")
-        warmed = self._warmed_first(session, row)
+        try:
+            session.first()
+        except Exception as error:  # the others may not fail: there are models that take no single frame
+            row.notes.append(f"the first call failed: {_told(error)}")
         calls = [session.call() for _ in range(row.concurrency)]
         ticking = self._ticking()
+        warmed: Warmed | None = None
         for call in calls:
-            if warmed is None or not warmed.reason.startswith("it failed"):
-                try:
-                    here = warm_up(_ticked(call, ticking), options.timing)
-                    warmed = here if warmed is None or not here.stable else warmed
-                except Exception as error:
-                    warmed = Warmed(0, 0.0, False, f"it failed: {_told(error)}")
-        if warmed is not None:
-            row.warmup = {
-                "calls": warmed.calls,
-                "seconds": warmed.seconds,
-                "stable": warmed.stable,
-                "reason": warmed.reason,
-            }
+            try:
+                here = warm_up(_ticked(call, ticking), options.timing)
+                warmed = here if warmed is None or not here.stable else warmed
+            except Exception as error:
+                warmed = Warmed(0, 0.0, False, f"it failed: {_told(error)}")
+                break
+        row.warmup = dataclasses.asdict(warmed) if warmed is not None else None
         gpu.look()
         row.before = self.telemetry.read()
         self.reporter.title(f"{self.title}: measuring")
         found = measure(calls, options.timing, tick=ticking)
         row.after = self.telemetry.read()
-        gpu.look()
+        row.memory = _memory(host, gpu)  # before the reference is computed, which is none of its own
         self._figures(row, found, warmed)
         if isinstance(found.stopped, KeyboardInterrupt):
             row.status, row.reason = "interrupted", f"Ctrl-C came after {len(found.samples)} calls"
@@ -266,15 +268,6 @@ class _Bench:
         row.graph = getattr(session, "graph", None)
         self._trtexec(session, row)
         self._judged(session, subject, row)
-
-    def _warmed_first(self, session: Session, row: Row) -> Warmed | None:
-        """The first and smallest call. That it failed is a note, since the measured ones may not."""
-        try:
-            session.first()
-        except Exception as error:
-            row.notes.append(f"the first call failed: {_told(error)}")
-            return Warmed(0, 0.0, False, f"it failed: {_told(error)}")
-        return None
 
     def _figures(self, row: Row, found: Measured, warmed: Warmed | None) -> None:
         times = found.part("end_to_end")
@@ -292,7 +285,7 @@ class _Bench:
                 f"{len(times)} of {self.options.timing.calls * row.concurrency} calls: --time-limit "
                 f"{self.options.timing.limit_seconds:g} s ended the row"
             )
-        row.verdict, row.verdict_reasons = judge(times, warmed, row.before, row.after)
+        row.verdict, row.verdict_reasons, row.throttled_by = judge(times, warmed, row.before, row.after)
         for name, reading in (("before", row.before), ("after", row.after)):
             if reading is not None and reading.garbage:
                 row.notes.append(f"sensors {name} the row gave what cannot be: {', '.join(reading.garbage)}")
@@ -363,6 +356,13 @@ class _GpuMemory:
         if self._gpu is not None and self.used is not None:
             with contextlib.suppress(JetrtError):
                 self.used = max(self.used, self._free - self._gpu.memory()[0])
+
+
+def _memory(host: HostMemory, gpu: _GpuMemory) -> dict[str, int | None]:
+    gpu.look()
+    peak, before = host.peak(), host.before
+    added = None if peak is None or before is None else max(peak - before, 0)
+    return {"host_peak": peak, "host_added": added, "device_used": gpu.used}
 
 
 def _available(runtime: str, **options: Any) -> None:

@@ -75,7 +75,7 @@ class HostSession(Session):
         session.precision = precision
         assert subject.path is not None
         infos = OnnxFile.open(subject.path).network_inputs()
-        session.batch = session.frames = batch_of(infos, batch)
+        session.batch = session.frames = batch_of(infos, batch, options)
         shapes = sized(infos, session.batch, options, named=subject.name, sole=sole)
         session.size = size_of(shapes)
         session.inputs = values(infos, shapes, options, sole=sole)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .options import BenchOptionError
+from ..errors import BenchOptionError
 
 if TYPE_CHECKING:
     import os
@@ -67,11 +67,17 @@ class Subject:
         example = self.example
         if not callable(example) or isinstance(example, (Mapping, Sequence)):
             return example
+        return example(batch) if self.takes_batch else example()
+
+    @property
+    def takes_batch(self) -> bool:
+        """Whether `example` is a function that is told the batch size."""
+        if not callable(self.example) or isinstance(self.example, (Mapping, Sequence)):
+            return False
         try:
-            takes = len(inspect.signature(example).parameters) > 0
+            return len(inspect.signature(self.example).parameters) > 0
         except (TypeError, ValueError):
-            takes = False
-        return example(batch) if takes else example()
+            return False
 
 
 def subject(what: str | os.PathLike[str] | Callable[..., Any], name: str | None = None) -> Subject:

@@ -41,8 +41,10 @@ class Reading:
     gpu_load: float | None = None
     power_w: float | None = None
     power_mode: str | None = None
-    #: ``None``: unknown.
-    throttled: bool | None = None
+    #: Whether heat, and whether power, holds clocks down; ``None``: unknown.
+    throttle_active: bool | None = None
+    power_throttle_active: bool | None = None
+    #: What does, of both kinds.
     reasons: tuple[str, ...] = ()
     #: What was read and cannot be: "gpu_clock_mhz is -5".
     garbage: tuple[str, ...] = ()
@@ -61,13 +63,12 @@ class Reading:
             else:
                 values[name] = None
                 garbage.append(f"{name} is {value}")
-        flags = [getattr(snapshot, name, None) for name in ("throttle_active", "power_throttle_active")]
-        throttled = True if True in flags else False if False in flags else None
         mode = getattr(snapshot, "power_mode", None)
         return cls(
             **values,
             power_mode=str(mode) if mode is not None else None,
-            throttled=throttled,
+            throttle_active=getattr(snapshot, "throttle_active", None),
+            power_throttle_active=getattr(snapshot, "power_throttle_active", None),
             reasons=tuple(map(str, getattr(snapshot, "reasons", ()) or ())),
             garbage=tuple(garbage),
         )
@@ -82,8 +83,8 @@ class Telemetry:
 
     def __init__(self, device: int = 0) -> None:
         self.problem: str | None = None
-        #: Whether every reading so far was empty.
-        self.silent = False
+        #: Whether there were readings and all were empty.
+        self.silent: bool | None = None
         self._monitor: Any = None
         try:
             self._monitor = importlib.import_module("jetrt.thermal").monitor(device)
@@ -95,7 +96,7 @@ class Telemetry:
             return None
         try:
             found = Reading.of(self._monitor.snapshot())
-            self.silent = found == Reading(power_mode=found.power_mode)
+            self.silent = self.silent is not False and found == Reading(power_mode=found.power_mode)
             return found
         except (AttributeError, OSError, RuntimeError, JetrtError) as error:
             self.problem = f"{type(error).__name__}: {error}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import statistics
 import threading
@@ -146,7 +147,7 @@ def warm_up(call: Call, plan: Plan, *, clock: Callable[[], float] = time.perf_co
 
 @dataclass
 class Measured:
-    """Samples in the order of the calls; those of several threads one thread after the other."""
+    """Samples in the order of the calls; of several threads the first of each, the second of each, and so on."""
 
     samples: list[Sample] = field(default_factory=list)
     #: From the first call of any thread to the end of the last, less the idling that was asked for.
@@ -198,8 +199,9 @@ def measure(calls: Sequence[Call], plan: Plan, *, tick: Callable[[], None] = lam
             for thread in others:
                 thread.join()
         wall = time.perf_counter() - begin
+    together = itertools.zip_longest(*(each.samples for each in found))
+    result.samples = [sample for one_of_each in together for sample in one_of_each if sample is not None]
     for each in found:
-        result.samples += each.samples
         result.stopped = result.stopped or each.error
         result.limited |= each.limited
     idle = max((each.idled for each in found), default=0.0)

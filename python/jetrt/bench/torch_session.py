@@ -15,9 +15,10 @@ import numpy as np
 
 from ..builder.arrays import Array, dtype_name, load_npz, to_bfloat16
 from ..builder.profiles import NetworkInput
+from ..errors import BenchOptionError
 from ..runtime import get_runtime
-from .inputs import size_of, values
-from .options import AUTOCAST, RUNTIMES, BenchOptionError, BenchOptions
+from .inputs import check_batch, size_of, values
+from .options import AUTOCAST, RUNTIMES, BenchOptions
 from .session import Session, SkippedError
 from .subjects import Subject
 from .timing import Call, Sample
@@ -30,8 +31,17 @@ class TorchSession(Session):
 
     @classmethod
     def open(
-        cls, subject: Subject, runtime: str, precision: str, batch: int | None, options: BenchOptions, *, sole: bool
+        cls,
+        subject: Subject,
+        runtime: str,
+        precision: str,
+        batch: int | None,
+        options: BenchOptions,
+        *,
+        sole: bool,
+        inputs: Mapping[str, Array] | None = None,
     ) -> TorchSession:
+        """`inputs` go before all that the options and the module say of them."""
         import torch
 
         session = cls()
@@ -41,8 +51,10 @@ class TorchSession(Session):
         if not on_cpu and not torch.cuda.is_available():
             raise SkippedError("torch sees no GPU; --device cpu measures on the CPU")
         device = "cpu" if on_cpu else f"cuda:{options.device}"
-        session.inputs = module_inputs(subject, batch, options, sole)
+        session.inputs = module_inputs(subject, batch, options, sole) if inputs is None else dict(inputs)
         session.batch = session.frames = next((len(array) for array in session.inputs.values() if array.ndim), 1)
+        if inputs is None:
+            check_batch(subject, batch, session.inputs, options)
         session.size = size_of({name: array.shape for name, array in session.inputs.items()})
         session.runs = subject.text
         session._torch, session._device = torch, device
@@ -106,7 +118,7 @@ class _CudaCall:
         self._here = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         self._there = {name: tensor.to(device) for name, tensor in tensors.items()}
         self._back: dict[str, Any] = {}
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
     def __call__(self) -> Sample:
         clock = time.perf_counter

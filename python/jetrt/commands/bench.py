@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..builder.progress import KINDS
-from ..runtime import Precision
-from . import UsageError
+from ..runtime import RUNTIMES, Precision
 
 __all__ = ["add_bench", "run_bench"]
 
-_RUNTIMES = ("tensorrt", "onnx_trt_ep", "pytorch_fp16", "torch_tensorrt", "onnx_cpu", "openvino_cpu", "python")
+#: "python" is a callable itself.
+_RUNTIMES = (*RUNTIMES, "python")
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def _rows(add: Callable[..., Any]) -> None:
     autocast = ("float32", "float16", "bfloat16")
     add("--runtime", nargs="+", metavar="NAME", help=f"{', '.join(_RUNTIMES)} (each that runs the subject)")
     add("--precision", nargs="+", metavar="TYPE", help=f"{', '.join(get_args(Precision))} (fp32, fp16, bf16, int8)")
-    add("--batch", **whole, help="sizes of a dynamic first dimension (1)")
+    add("--batch", **whole, help="sizes of a dynamic first dimension (as --shape or --inputs have it, else 1)")
     add("--concurrency", default=[1], **whole, help="threads that call at once (1)")
     add("--autocast-dtype", "--autocast_dtype", choices=autocast, help="torch's autocast (float16); float32: none")
     add("--device", type=_device, default=0, metavar="N", help="number of the GPU (0), or cpu for torch")
@@ -130,7 +130,6 @@ def _split(words: list[str] | None) -> list[str] | None:
 def run_bench(arguments: argparse.Namespace) -> None:
     """Measure models on several runtimes and in several precisions."""
     from ..bench import bench
-    from ..bench.options import BenchOptionError
 
     build = dict(arguments.build)
     for name in ("calib_data", "calib_cache", "opt_level", "timing_cache"):
@@ -171,8 +170,6 @@ def run_bench(arguments: argparse.Namespace) -> None:
                 "idle_ms": arguments.idle_ms,
             },
         )
-    except BenchOptionError as error:
-        raise UsageError(str(error)) from error
     except KeyboardInterrupt as interrupt:
         if hasattr(interrupt, "report"):
             _print(interrupt.report)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..report import dims, io_table, latency_table, table
-from ..runtime import load
+from ..runtime import RUNTIMES, load
 from . import UsageError
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ __all__ = ["add_run"]
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=_run)
-    parser.add_argument("model", metavar="MODEL", help="a TensorRT plan or an ONNX file")
-    parser.add_argument("--runtime", metavar="NAME", help="tensorrt (what a plan gets) or onnx_cpu")
+    parser.add_argument("model", metavar="MODEL", help="a TensorRT plan, an ONNX file or a torch program")
+    parser.add_argument("--runtime", metavar="NAME", help=f"{', '.join(RUNTIMES)} (what a plan gets: tensorrt)")
     parser.add_argument(
         "--input", dest="inputs", action="append", default=[], type=_assignment, metavar="NAME=FILE.npy"
     )
@@ -79,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> None:
     """Run a model and print its inputs and outputs, the latency of a call, and what came out."""
     with load(arguments.model, arguments.runtime) as model:
         print(io_table(model), end="\n\n")
-        destinations = _destinations(arguments, model)
+        destinations = _destinations(arguments, model) if model.outputs else None
         inputs = _inputs(arguments, model)
 
         for _ in range(arguments.warmup):
@@ -91,6 +91,8 @@ def _run(arguments: argparse.Namespace) -> None:
             outputs = model.run(inputs, synchronize=True)
             seconds.append(time.perf_counter() - start)
         print(latency_table(seconds), end="\n\n")
+        if destinations is None:  # what a torch program gives is known once it was called
+            destinations = _destinations(arguments, model)
 
         rows = []
         for name, value in outputs.items():
@@ -133,6 +135,10 @@ def _inputs(arguments: argparse.Namespace, model: Model) -> Arrays:
                 "or ask for made-up values with --random-inputs SEED"
             )
         return inputs
+    if not model.inputs:
+        raise UsageError(
+            f"{arguments.model} does not say what its inputs are: give each of them with --input NAME=FILE.npy"
+        )
     shapes = dict(arguments.shapes)
     generator = np.random.default_rng(arguments.random_inputs)
     for name in missing:

@@ -30,10 +30,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, get_args
 
-from ..errors import JetrtError
+from ..errors import RuntimeConfigError
 from ..runtime import RUNTIMES, BuildConfig, Precision
 
-__all__ = ["OPTIONS", "RuntimeConfig", "RuntimeConfigError", "build_flag", "flag_is_on", "narrowed", "read_config"]
+__all__ = ["OPTIONS", "RuntimeConfig", "build_flag", "flag_is_on", "narrowed", "read_config"]
 
 #: Variables of the environment beside the BUILD_* flags, and the keys that they give.
 VARIABLES: Final = {
@@ -94,15 +94,6 @@ OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "onnx_cpu": {"threads": int, "on_strided": _STRIDED, "on_dtype": _CAST},
     "openvino_cpu": {"threads": int, "on_strided": _STRIDED, "on_dtype": _CAST},
 }
-
-
-class RuntimeConfigError(JetrtError, ValueError):
-    """A configuration of runtimes has an unknown key or a wrong value."""
-
-    #: Where: "robot.toml: [runtime].precison".
-    key: str | None = None
-    found: Any = None
-    allowed: Any = None
 
 
 @dataclass(frozen=True)

@@ -220,6 +220,13 @@ fn not_throttled_is_said_only_of_what_was_looked_at() {
     assert_eq!(look(&files).throttle_active, None);
     files.remove(&state);
     assert_eq!(look(&files).throttle_active, None, "vanished while it was looked at");
+    let other = cooler(&files, 1, "gpu-throttle-alert", "0");
+    assert_eq!(look(&files).throttle_active, None, "the other one may be at work");
+    files.set(&other, "1");
+    assert_eq!(look(&files).throttle_active, Some(true));
+    files.set(&other, "0");
+    files.set(&state, "0");
+    assert_eq!(look(&files).throttle_active, Some(false));
 }
 
 #[test]
