@@ -156,6 +156,13 @@ def test_onnx_cpu_refuses_what_it_cannot_build(add, config, message):
     assert caught.value.path == str(add)
 
 
+def test_onnx_cpu_opens_nothing_in_another_precision_than_was_configured(add):
+    configured = jetrt.from_config({"name": "onnx_cpu", "precision": "fp16"})
+    for use in (configured.open, configured.compile_engine):
+        with pytest.raises(errors.EngineBuildError, match="precision 'fp16' was asked for"):
+            use(add)
+
+
 def test_compile_of_a_broken_file(tmp_path, onnx_models):
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"\x08\x07 not a model")

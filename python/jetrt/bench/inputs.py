@@ -92,7 +92,9 @@ def sized(
             if len(given) != len(shape) or any(own not in (-1, size) for own, size in zip(shape, given, strict=True)):
                 raise _unfit(info, given)
             # --batch is for all of them; without it each has what was said of it.
-            shape = [batch if shape[0] < 0 and options.batches is not None else given[0], *given[1:]]
+            shape = list(given)
+            if info.shape[:1] == (-1,) and options.batches is not None:
+                shape[0] = batch
         else:
             if shape[:1] == [-1]:
                 shape[0] = batch

@@ -278,7 +278,8 @@ def _cell(value: Any, name: str) -> str:
         if name == "max_abs_error":
             return f"{value:.3g}"
         return f"{value:.4f}" if name.endswith("_ms") else f"{value:.2f}"
-    return " ".join(str(value).split())  # one line, whatever is in a name or a message
+    # One line, whatever is in a name or a message; no CSV of Python 3.10 can hold a NUL.
+    return " ".join(str(value).replace("\0", "\ufffd").split())
 
 
 def _brief(text: str, most: int = 300) -> str:

@@ -213,13 +213,6 @@ class FileRuntime(InferenceRuntime):
         event = {"event": "error", "fields": fields}
         log.error("%s during %s; engine=%s; %s", kind, during, engine, error, extra=event)
 
-    def _opened_for_building(self, path: Path, **options: Any) -> Any:
-        """The model, opened by `compile_engine`: what cannot be loaded cannot be built."""
-        try:
-            return type(self)({**self._options, **options}).open(path)
-        except EngineDeserializeError as error:
-            raise EngineBuildError(str(error), path=str(path), log=error.log) from error
-
     def _entry(
         self, path: Path, build_config: BuildConfig | None, versions: Mapping[str, str] | None = None
     ) -> EngineCacheEntry:

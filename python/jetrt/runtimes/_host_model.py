@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import sys
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,20 +22,15 @@ from ..errors import (
     DTypeError,
     GradError,
     InferenceError,
-    InputError,
     InputNameError,
     LayoutError,
     ShapeError,
 )
 from ..report import dims
+from ._callable_model import CallableModel, Given
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     Array = npt.NDArray[Any]
-
-_InputErrorT = TypeVar("_InputErrorT", bound=InputError)
-
 
 # --------------------------------------------------------------------------------------------------------- types
 
@@ -110,7 +104,7 @@ def check_policies(on_strided: str, on_dtype: str) -> None:
 # --------------------------------------------------------------------------------------------------------- model
 
 
-class HostModel(ABC):
+class HostModel(CallableModel):
     """A model on host arrays: ``model(x=array)["y"]``.
 
     It takes numpy arrays, torch tensors and anything on the CPU with ``__dlpack__`` or ``__array__``, by name or in the
@@ -151,16 +145,12 @@ class HostModel(ABC):
     # ------------------------------------------------------------------------------------------- what it is
 
     @property
-    def inputs(self) -> dict[str, HostTensorInfo]:
-        return dict(self._inputs)
-
-    @property
-    def outputs(self) -> dict[str, HostTensorInfo]:
-        return dict(self._outputs)
-
-    @property
     def name(self) -> str:
         return self._path.stem
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(self._inputs)
 
     @property
     def path(self) -> str:
@@ -170,49 +160,12 @@ class HostModel(ABC):
     def closed(self) -> bool:
         return self._session is None
 
-    @property
-    def load_report(self) -> dict[str, Any]:
-        return dict(self._load_report)
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """Calls, and the copies and casts that a policy allowed."""
-        with self._lock:
-            return dict(self._stats)
-
     def __repr__(self) -> str:
         state = " closed" if self.closed else ""
         return f"<{type(self).__name__} {self.name}{state}: {signature(self._inputs)} -> {signature(self._outputs)}>"
 
     def close(self) -> None:
         self._session = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    # ---------------------------------------------------------------------------------------------- calling
-
-    def __call__(
-        self,
-        *args: Any,
-        stream: Any = None,
-        out: Mapping[str, Any] | None = None,
-        synchronize: bool = False,
-        timeout: float | None = None,
-        **inputs: Any,
-    ) -> dict[str, Any]:
-        named = self._by_position(args) if args else {}
-        for name in inputs:
-            if name in named:
-                raise self._given(name).refused(
-                    InputNameError, "the input twice (by position and by name)", "once", "Remove one of the two."
-                )
-        return self.run({**named, **inputs}, stream=stream, out=out, synchronize=synchronize, timeout=timeout)
 
     def run(
         self,
@@ -250,20 +203,6 @@ class HostModel(ABC):
             name: convert(results[name], TYPES[info.dtype], f"{self.name}: output {name!r}")
             for name, info in self._outputs.items()
         }
-
-    def _given(self, tensor: str) -> Given:
-        return Given(self.name, "input" if tensor in self._inputs or tensor not in self._outputs else "output", tensor)
-
-    def _by_position(self, values: Sequence[Any]) -> dict[str, Any]:
-        count = len(self._inputs)
-        if len(values) > count:
-            raise self._given(f"#{count}").refused(
-                InputNameError,
-                f"{len(values)} positional inputs",
-                f"{count}: {', '.join(self._inputs)}",
-                "Pass one array per input, in this order or by name.",
-            )
-        return dict(zip(self._inputs, values, strict=False))
 
     def _check_names(self, named: Mapping[str, Any]) -> None:
         for name in named:
@@ -313,7 +252,7 @@ class HostModel(ABC):
 
     def _target(self, name: str, value: Any) -> Array:
         info = self._outputs[name]
-        given = self._given(name)
+        given = self._given(name, "output")
 
         def refuse(given: Given, found: str) -> None:
             raise given.refused(LayoutError, found, "contiguous memory that can be written", "Give such a tensor.")
@@ -331,12 +270,12 @@ class HostModel(ABC):
     def _targets(self, out: Mapping[str, Any]) -> dict[str, Array]:
         for name in out:
             if name not in self._outputs:
-                raise self._given(name).refused(
+                raise self._given(name, "output").refused(
                     InputNameError, "no output of that name in out=", ", ".join(self._outputs), "Check the spelling."
                 )
         for name in self._outputs:
             if name not in out:
-                raise self._given(name).refused(
+                raise self._given(name, "output").refused(
                     InputNameError, "nothing in out=", "a tensor for every output", "Add it to out=."
                 )
         return {name: self._target(name, value) for name, value in out.items()}
@@ -344,24 +283,6 @@ class HostModel(ABC):
     def _count(self, what: str) -> None:
         with self._lock:
             self._stats[what] += 1
-
-
-@dataclass(frozen=True)
-class Given:
-    """Where a value was given; what an error about it names."""
-
-    engine: str
-    kind: str
-    tensor: str
-
-    def refused(self, error: type[_InputErrorT], found: str, allowed: str, next_step: str) -> _InputErrorT:
-        return error(
-            f"{self.kind} {self.tensor!r}: found {found}; allowed: {allowed}. {next_step}",
-            engine=self.engine,
-            tensor=self.tensor,
-            found=found,
-            allowed=allowed,
-        )
 
 
 def _check_shape(given: Given, info: HostTensorInfo, shape: Sequence[int]) -> None:

@@ -7,7 +7,6 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -26,17 +25,18 @@ from ..errors import (
     ShapeError,
 )
 from ..report import dims
-from ._host_model import TYPES, Given, HostTensorInfo, to_numpy
+from ._callable_model import CallableModel, Given
+from ._host_model import TYPES, HostTensorInfo, to_numpy
 from ._torch_source import TorchSource, open_source
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
 AutocastDtype = Literal["float16", "bfloat16", "float32"]
 _AUTOCAST: tuple[str, ...] = ("float16", "bfloat16", "float32")
 
 
-class TorchModel:
+class TorchModel(CallableModel):
     """A `torch.nn.Module`, TorchScript or torch.export program: ``model(x=tensor)["y"]``.
 
     Torch tensors on the device go in and out as they are; tensors and arrays of the host are moved there and the
@@ -102,14 +102,6 @@ class TorchModel:
     # ------------------------------------------------------------------------------------------- what it is
 
     @property
-    def inputs(self) -> dict[str, HostTensorInfo]:
-        return dict(self._inputs)
-
-    @property
-    def outputs(self) -> dict[str, HostTensorInfo]:
-        return dict(self._outputs)
-
-    @property
     def input_names(self) -> tuple[str, ...]:
         """Names that a call may give, in order; known from the start."""
         return self._names
@@ -131,16 +123,6 @@ class TorchModel:
     def closed(self) -> bool:
         return self._source is None
 
-    @property
-    def load_report(self) -> dict[str, Any]:
-        return dict(self._load_report)
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """Calls, and the tensors that were copied between host and device."""
-        with self._lock:
-            return dict(self._stats)
-
     def __repr__(self) -> str:
         state = " closed" if self.closed else ""
         return f"<{type(self).__name__} {self._name}{state}: {', '.join(self._names)} on {self._device}>"
@@ -148,33 +130,6 @@ class TorchModel:
     def close(self) -> None:
         """Drops the model. Memory of a file's model returns to torch's cache; a module of the caller's stays."""
         self._source = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    # ---------------------------------------------------------------------------------------------- calling
-
-    def __call__(
-        self,
-        *args: Any,
-        stream: Any = None,
-        out: Mapping[str, Any] | None = None,
-        synchronize: bool = False,
-        timeout: float | None = None,
-        **inputs: Any,
-    ) -> dict[str, Any]:
-        named = self._by_position(args) if args else {}
-        for name in inputs:
-            if name in named:
-                raise self._given(name).refused(
-                    InputNameError, "the input twice (by position and by name)", "once", "Remove one of the two."
-                )
-        return self.run({**named, **inputs}, stream=stream, out=out, synchronize=synchronize, timeout=timeout)
 
     def run(
         self,
@@ -254,20 +209,6 @@ class TorchModel:
             ) from error
 
     # ------------------------------------------------------------------------------------- what goes in and out
-
-    def _given(self, name: str, kind: str = "input") -> Given:
-        return Given(self._name, kind, name)
-
-    def _by_position(self, values: Sequence[Any]) -> dict[str, Any]:
-        count = len(self._names)
-        if len(values) > count:
-            raise self._given(f"#{count}").refused(
-                InputNameError,
-                f"{len(values)} positional inputs",
-                f"{count}: {', '.join(self._names)}",
-                "Pass one array per input, in this order or by name.",
-            )
-        return dict(zip(self._names, values, strict=False))
 
     def _check_names(self, named: Mapping[str, Any]) -> None:
         for name in named:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -11,15 +10,14 @@ from typing import Any, Final
 from .. import _core
 from ..errors import EngineBuildError, EngineDeserializeError
 from ..runtime import BuildConfig, EngineCacheEntry
-from ._build_checks import check_profiles, refuse_precision
-from ._file import FileRuntime
-from ._torch_model import TorchModel
+from ._build_checks import refuse_precision
+from ._opened_runtime import OpenedRuntime
 
 #: Precision of a build configuration -> what autocast computes in.
 AUTOCAST: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-class TorchRuntime(FileRuntime):
+class TorchRuntime(OpenedRuntime):
     """`compile_engine` takes a `torch.nn.Module` or an exported program too. Its entry is good for this runtime object
     alone: there is no file to load after a restart."""
 
@@ -27,16 +25,12 @@ class TorchRuntime(FileRuntime):
         super().__init__(*arguments, **keywords)
         self._objects: dict[Path, Any] = {}
 
-    @abstractmethod
-    def _opened(self, source: Any, config: BuildConfig | None) -> TorchModel:
-        """The model of a file or object."""
+    def open(self, path: Any) -> Any:
+        """The `TorchModel` of a file of torch's, a program that torch.export made, or a `torch.nn.Module` in eval mode
+        that lies on the device."""
+        return super().open(path)
 
-    def open(self, path: Any) -> TorchModel:
-        """A file of torch's, a program that torch.export made, or a `torch.nn.Module` in eval mode that lies on the
-        device."""
-        return self._opened(path, self._build)
-
-    def _open_entry(self, entry: EngineCacheEntry) -> TorchModel:
+    def _open_entry(self, entry: EngineCacheEntry) -> Any:
         return self._opened(self._objects.get(entry.path, entry.path), entry.build_config)
 
     def compile_engine(self, model_path: Any, build_config: BuildConfig | None = None) -> EngineCacheEntry:
@@ -60,16 +54,6 @@ class TorchRuntime(FileRuntime):
                 "Compile the module again, or export it to a file.",
                 path=str(entry.path),
             )
-
-    def _try(self, source: Any, config: BuildConfig | None) -> None:
-        """Opens it once: what cannot be loaded cannot be compiled."""
-        what = source if isinstance(source, Path) else type(source).__name__
-        try:
-            with self._opened(source, config) as model:
-                if config is not None and model.inputs:
-                    check_profiles(what, config, model)
-        except EngineDeserializeError as error:
-            raise EngineBuildError(str(error), path=str(what), log=error.log) from error
 
     def _device(self) -> int:
         number = str(self._options.get("device", "cuda")).partition(":")[2]

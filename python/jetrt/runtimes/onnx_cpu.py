@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import EngineDeserializeError, RuntimeNotAvailableError
-from ..runtime import BuildConfig, EngineCacheEntry
-from ._build_checks import check_profiles, refuse_precision
-from ._file import FileRuntime
+from ..runtime import BuildConfig
+from ._build_checks import refuse_precision
 from ._host_model import check_policies
+from ._opened_runtime import OpenedRuntime
 from ._packages import broken
 from ._session_model import SESSION_TYPES as _TYPES
 from ._session_model import SessionModel, described, refuse_plan
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["_TYPES", "OnnxCpuRuntime", "OnnxModel", "_array_of"]
 
 
-class OnnxCpuRuntime(FileRuntime):
+class OnnxCpuRuntime(OpenedRuntime):
     """Runs ONNX files as they are. Its options are the keyword arguments of `OnnxModel`."""
 
     label: ClassVar[str] = "onnx_cpu"
@@ -35,17 +35,11 @@ class OnnxCpuRuntime(FileRuntime):
     def missing(cls, options: Mapping[str, Any] | None = None, *, deep: bool = True) -> list[str]:  # noqa: ARG003
         return broken("onnxruntime", "pip install 'jetrt[cpu]'", deep=deep)
 
-    def open(self, path: str | os.PathLike[str]) -> OnnxModel:
-        return OnnxModel(path, **self._options)
-
-    def _compile(self, path: Path, config: BuildConfig | None) -> EngineCacheEntry:
-        """Makes an entry of an ONNX file. The model stays as it is, so a configuration that asks for another precision
-        or for calibration is refused."""
-        config = config or BuildConfig()
-        refuse_precision(path, config, self.label, ("fp32",))
-        with self._opened_for_building(path) as model:  # refuses now what could not be loaded later
-            check_profiles(path, config, model)
-        return self._entry(path, config)
+    def _opened(self, source: str | os.PathLike[str], config: BuildConfig | None) -> OnnxModel:
+        # The model stays as it is, so that another precision or calibration is refused.
+        if config is not None:
+            refuse_precision(str(source), config, self.label, ("fp32",))
+        return OnnxModel(source, **self._options)
 
     def versions_here(self) -> dict[str, str]:
         import onnxruntime

@@ -21,11 +21,12 @@ from typing import Any, ClassVar, Final, Literal
 
 from ..builder.onnx_file import OnnxFile
 from ..errors import EngineBuildError, EngineDeserializeError
-from ..runtime import BuildConfig, EngineCacheEntry
-from ._build_checks import check_profiles, with_precision
+from ..runtime import BuildConfig
+from ._build_checks import with_precision
 from ._calibration_table import check_table
-from ._file import FileRuntime, log
+from ._file import log
 from ._host_model import check_policies
+from ._opened_runtime import OpenedRuntime
 from ._placement import count_nodes, refuse_partition
 from ._session_model import SessionModel, described, refuse_plan
 from ._trt_provider import PROVIDER, missing, tensorrt_version, version
@@ -45,8 +46,9 @@ _FLAGS: Final[Mapping[str, tuple[str, ...]]] = {
 Profile = tuple[str, Sequence[int], Sequence[int], Sequence[int]]
 
 
-class OnnxTrtEpRuntime(FileRuntime):
-    """Runs ONNX files on TensorRT by onnxruntime. Its options are the keyword arguments of `OnnxTrtModel`."""
+class OnnxTrtEpRuntime(OpenedRuntime):
+    """Runs ONNX files on TensorRT by onnxruntime; opening one builds TensorRT's engines into the cache folder where all
+    shapes are known. Its options are the keyword arguments of `OnnxTrtModel`."""
 
     label: ClassVar[str] = "onnx_trt_ep"
 
@@ -54,13 +56,8 @@ class OnnxTrtEpRuntime(FileRuntime):
     def missing(cls, options: Mapping[str, Any] | None = None, *, deep: bool = True) -> list[str]:  # noqa: ARG003
         return missing(deep=deep)
 
-    def open(self, path: str | os.PathLike[str]) -> OnnxTrtModel:
-        return self._opened(Path(path), self._build)
-
-    def _open_entry(self, entry: EngineCacheEntry) -> OnnxTrtModel:
-        return self._opened(entry.path, entry.build_config)
-
-    def _opened(self, path: Path, config: BuildConfig | None) -> OnnxTrtModel:
+    def _opened(self, source: str | os.PathLike[str], config: BuildConfig | None) -> OnnxTrtModel:
+        path = Path(source)
         options = with_precision(path, self._options, config, self.label, tuple(_FLAGS))
         if config is not None:
             if config.workspace_mb is not None:
@@ -68,16 +65,6 @@ class OnnxTrtEpRuntime(FileRuntime):
             if config.optimization_profiles:
                 options["profiles"] = config.optimization_profiles
         return OnnxTrtModel(path, **options)
-
-    def _compile(self, path: Path, config: BuildConfig | None) -> EngineCacheEntry:
-        """Opens the model once, which builds TensorRT's engines into the cache folder where all shapes are known."""
-        config = config or BuildConfig()
-        try:
-            with self._opened(path, config) as model:
-                check_profiles(path, config, model)
-        except EngineDeserializeError as error:
-            raise EngineBuildError(str(error), path=str(path), log=error.log) from error
-        return self._entry(path, config)
 
     def versions_here(self) -> dict[str, str]:
         tensorrt = tensorrt_version()

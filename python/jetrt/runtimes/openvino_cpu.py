@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import EngineBuildError, EngineDeserializeError, InferenceError, OutOfMemoryError
-from ..runtime import BuildConfig, EngineCacheEntry
-from ._build_checks import check_profiles, with_precision
-from ._file import FileRuntime
+from ..errors import EngineDeserializeError, InferenceError, OutOfMemoryError
+from ..runtime import BuildConfig
+from ._build_checks import with_precision
 from ._host_model import TYPES, HostModel, HostTensorInfo, check_policies
+from ._opened_runtime import OpenedRuntime
 from ._packages import broken
 from ._session_model import refuse_plan
 
@@ -37,8 +37,9 @@ _NAMES: Final = {
 }
 
 
-class OpenvinoCpuRuntime(FileRuntime):
-    """Runs ONNX files and OpenVINO's .xml on the CPU. Its options are the keyword arguments of `OpenvinoModel`."""
+class OpenvinoCpuRuntime(OpenedRuntime):
+    """Runs ONNX files and OpenVINO's .xml on the CPU; each is compiled when it is opened. Its options are the keyword
+    arguments of `OpenvinoModel`."""
 
     label: ClassVar[str] = "openvino_cpu"
 
@@ -46,25 +47,9 @@ class OpenvinoCpuRuntime(FileRuntime):
     def missing(cls, options: Mapping[str, Any] | None = None, *, deep: bool = True) -> list[str]:  # noqa: ARG003
         return broken("openvino", "pip install openvino", deep=deep)
 
-    def open(self, path: str | os.PathLike[str]) -> OpenvinoModel:
-        return self._opened(path, self._build)
-
-    def _open_entry(self, entry: EngineCacheEntry) -> OpenvinoModel:
-        return self._opened(entry.path, entry.build_config)
-
-    def _opened(self, path: str | os.PathLike[str], config: BuildConfig | None) -> OpenvinoModel:
-        options = with_precision(str(path), self._options, config, self.label, tuple(_HINTS))
-        return OpenvinoModel(path, **options)
-
-    def _compile(self, path: Path, config: BuildConfig | None) -> EngineCacheEntry:
-        """Makes an entry of the model file, after compiling it once; OpenVINO compiles it again when it is loaded."""
-        config = config or BuildConfig()
-        try:
-            with self._opened(path, config) as model:
-                check_profiles(path, config, model)
-        except EngineDeserializeError as error:
-            raise EngineBuildError(str(error), path=str(path), log=error.log) from error
-        return self._entry(path, config)
+    def _opened(self, source: str | os.PathLike[str], config: BuildConfig | None) -> OpenvinoModel:
+        options = with_precision(str(source), self._options, config, self.label, tuple(_HINTS))
+        return OpenvinoModel(source, **options)
 
     def versions_here(self) -> dict[str, str]:
         import openvino
