@@ -3,9 +3,10 @@
     python benches/bench_agreement.py PLAN [PLAN …]         # writes benches/results/bench_agreement.json
 
 A round is one `jetrt.bench` of the plan (inputs and outputs in device memory) and as many calls of floor_latency.c,
-which enqueues, waits, and times by events without Python. Compared are the medians over all rounds: end to end, and
-GPU. Once with CUDA graphs and once without, each against its own kind. The target is 2 % on the end-to-end median of
-calls of a millisecond and more; what a shorter one costs on top, called from Python, is what host_cost.py measures.
+which enqueues, waits, and times by events without Python; both on inputs of the same bytes. Compared are the medians
+over all rounds: end to end, and GPU. Once with CUDA graphs and once without, each against its own kind. The target is
+2 % on the end-to-end median of calls of a millisecond and more; what a shorter one costs on top, called from Python, is
+what host_cost.py measures.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import math
 import statistics
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import Floor, clocks, compile_floor, machine, markdown, print_targets, target, write
 
 import jetrt
@@ -58,9 +62,25 @@ def floor_calls(floor: Floor, mode: int, calls: int) -> dict[str, list[float]]:
     return {name: [value / 1e6 for value in values] for name, values in found.items()}
 
 
-def compared(library: ctypes.CDLL, plan: Path, graphs: str, rounds: int, calls: int) -> dict[str, Any]:
+def constant_inputs(engine: jetrt.Engine, shapes: dict[str, Sequence[int]], folder: Path) -> Path | None:
+    """The bytes that floor.c fills its inputs with; None where numpy has not all of the types."""
+    arrays = {}
+    for name, info in engine.inputs.items():
+        try:
+            dtype = np.dtype(info.dtype)
+        except TypeError:
+            return None
+        shape = tuple(shapes.get(name, info.shape))
+        arrays[name] = np.frombuffer(b"\x01" * (math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+    path = folder / "inputs.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def compared(library: ctypes.CDLL, plan: Path, graphs: str, rounds: int, calls: int, folder: Path) -> dict[str, Any]:
     with jetrt.Engine(plan) as engine:
         shapes = {n: list(i.profiles[0][1]) for n, i in engine.inputs.items() if i.profiles and -1 in i.shape}
+        inputs = constant_inputs(engine, shapes, folder)
     given = {name: (tuple(shape), None) for name, shape in shapes.items()}
     batch = next((shape[0] for shape in shapes.values()), None)
     timing = {"calls": calls, "seconds": 0, "max_seconds": 1.0}
@@ -71,6 +91,7 @@ def compared(library: ctypes.CDLL, plan: Path, graphs: str, rounds: int, calls: 
     with floor_of(library, plan, shapes) as floor:
         for _ in range(rounds):
             options: dict[str, Any] = {"data": "device", "graphs": graphs, "shapes": given, "timing": timing}
+            options["inputs"] = inputs
             if batch is not None:
                 options["batches"] = [batch]
             (row,) = jetrt.bench.bench(plan, **options).rows
@@ -88,6 +109,7 @@ def compared(library: ctypes.CDLL, plan: Path, graphs: str, rounds: int, calls: 
         "graphs": graphs,
         "ran": ran,
         "shapes": shapes,
+        "inputs": "of the same bytes" if inputs else "random and constant",
         "rounds": {"bench": ours, "floor": bare},
         "medians_ms": {name: {"bench": a, "floor": b, "ratio": a / b} for name, (a, b) in medians.items()},
     }
@@ -102,11 +124,12 @@ def main() -> None:
     arguments = parser.parse_args()
     library = compile_latency()
     before = clocks()
-    results = [
-        compared(library, plan, graphs, arguments.rounds, arguments.calls)
-        for plan in arguments.plans
-        for graphs in ("auto", "off")
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        results = [
+            compared(library, plan, graphs, arguments.rounds, arguments.calls, Path(folder))
+            for plan in arguments.plans
+            for graphs in ("auto", "off")
+        ]
     rows, targets = [], []
     for result in results:
         found = result["medians_ms"]
