@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,3 +48,16 @@ def pytest_configure(config: pytest.Config) -> None:
     # It may start this process again under another environment. pytest captures nothing at this point (it does while
     # it imports conftest.py), so that the new process writes where this one would.
     fakes.ensure_environment()
+
+
+@pytest.fixture
+def onnx_models() -> Any:
+    import onnx_models  # skips where there is no onnxruntime
+
+    return onnx_models
+
+
+@pytest.fixture
+def add(tmp_path: Path, onnx_models: Any) -> Path:
+    """An ONNX file that adds."""
+    return onnx_models.add(tmp_path / "add.onnx")

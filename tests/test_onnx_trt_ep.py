@@ -21,18 +21,6 @@ B = np.full((2, 3), 10, dtype=np.float32)
 
 
 @pytest.fixture
-def onnx_models():
-    import onnx_models  # skips where there is no onnxruntime
-
-    return onnx_models
-
-
-@pytest.fixture
-def add(tmp_path, onnx_models):
-    return onnx_models.add(tmp_path / "add.onnx")
-
-
-@pytest.fixture
 def rules(onnx_models):
     import stand_in_onnxruntime
 

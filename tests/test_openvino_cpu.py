@@ -19,18 +19,6 @@ A = np.arange(6, dtype=np.float32).reshape(2, 3)
 B = np.full((2, 3), 10, dtype=np.float32)
 
 
-@pytest.fixture
-def onnx_models():
-    import onnx_models  # skips where there is no onnxruntime
-
-    return onnx_models
-
-
-@pytest.fixture
-def add(tmp_path, onnx_models):
-    return onnx_models.add(tmp_path / "add.onnx")
-
-
 def test_six_methods(add):
     runtime = jetrt.get_runtime("openvino_cpu", threads=1)
     assert runtime.current_runtime_label() == "openvino_cpu"

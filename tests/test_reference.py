@@ -18,13 +18,6 @@ B = np.full((2, 3), 10, dtype=np.float32)
 
 
 @pytest.fixture
-def onnx_models():
-    import onnx_models  # skips where there is no onnxruntime
-
-    return onnx_models
-
-
-@pytest.fixture
 def onnx(onnx_models):
     return onnx_models.onnx
 
