@@ -106,12 +106,13 @@ class OptimizedLoop:
             return self._to_original(reason, args, kwargs)
         inputs, settings, prepared = self._loop.inputs(call), self._loop.settings(), self._prepared
         found = prepared and prepared.guards.find((), {**inputs, **settings}, modes(torch), False)
-        if not found:
+        if not prepared or not found:
             reason = _no_tensor(inputs)
             if reason is not None:
                 return self._to_original(reason, args, kwargs)
-        if not prepared or (not found and _key(inputs, settings) not in prepared.entries):
-            return self._unprepared(_key(inputs, settings), call, inputs, settings, warm_up)
+            key = _key(inputs, settings)
+            if not prepared or key not in prepared.entries:
+                return self._unprepared(key, call, inputs, settings, warm_up)
         reason = prepared.baked.changed()
         if reason is not None:
             return self._to_original(reason, (), self._for_original(call))
